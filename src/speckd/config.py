@@ -1,0 +1,115 @@
+"""Names to objects, at one border: flat settings as a user types them -> a frozen `Objective`. Nothing else reads names."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from speckd import divergences, gates, policies
+from speckd.errors import ConfigError
+from speckd.objective import Normalizer, Objective
+
+#: What a user may write -> what builds it. Adding one: write it in its module, name it here.
+GATES: Mapping[str, Callable[..., Any]] = {
+    "none": gates.NoGate,
+    "top_k": gates.TopK,
+    "spec": gates.Spec,
+    "expected_spec": gates.ExpectedSpec,
+    "two_sided": gates.TwoSided,
+    "label_in_top_k": gates.LabelInTopK,
+    "label_ratio": gates.LabelRatio,
+    "random": gates.Random,
+    "inverted": gates.Inverted,
+    "matched_random": gates.MatchedRandom,
+}
+REJECTED: Mapping[str, Callable[..., Any]] = {
+    "mask": policies.Mask,
+    "down_weight": policies.DownWeight,
+    "label": policies.Label,
+    "residual": policies.Residual,
+}
+DIVERGENCES: Mapping[str, Callable[..., Any]] = {
+    "forward_kl": lambda: divergences.forward_kl,
+    "reverse_kl": lambda: divergences.reverse_kl,
+    "generalized_jsd": divergences.GeneralizedJSD,
+    "skewed_forward_kl": divergences.SkewedForwardKL,
+    "skewed_reverse_kl": divergences.SkewedReverseKL,
+    "total_variation": lambda: divergences.total_variation,
+    "alpha_beta": divergences.AlphaBeta,
+    "adaptive_kl": divergences.AdaptiveKL,
+    "todi": lambda: divergences.todi,
+}
+
+Options = dict[str, Any] | str
+
+
+@dataclass
+class MethodConfig:
+    """The method's settings, flat, as they stand in a YAML file. `objective()` builds the composition and checks it.
+
+    `gate_options`, `rejected_options` and `divergence_options` hold the parameters of the chosen piece (a mapping, or JSON on
+    the command line), such as `gate_options: {verify_top_k: 5}`; `inverted` and `matched_random` take another gate there:
+    `gate_options: {gate: top_k, verify_top_k: 5}`.
+    """
+
+    gate: str = field(default="label_ratio", metadata={"help": "which tokens are accepted"})
+    gate_options: Options | None = field(default=None, metadata={"help": "the gate's parameters, a mapping or JSON"})
+    rejected: str = field(default="label", metadata={"help": "what a rejected token gets"})
+    rejected_options: Options | None = field(default=None, metadata={"help": "the policy's parameters, a mapping or JSON"})
+    divergence: str = field(default="forward_kl", metadata={"help": "how far the student is from the teacher, per token"})
+    divergence_options: Options | None = field(default=None, metadata={"help": "its parameters, a mapping or JSON"})
+    divergence_temperature: float = field(default=1.0, metadata={"help": "T of the divergence, multiplied by T²"})
+    normalizer: Normalizer = field(default="valid", metadata={"help": "valid (supervised tokens) or weight"})
+    label_loss_weight: float = field(default=0.0, metadata={"help": "share of plain cross-entropy; 1 is SFT"})
+
+    def objective(self) -> Objective:
+        return Objective(
+            gate=_gate(self.gate, _mapping("gate_options", self.gate_options)),
+            rejected=_build("rejected", REJECTED, self.rejected, "rejected_options", self.rejected_options),
+            divergence=_build("divergence", DIVERGENCES, self.divergence, "divergence_options", self.divergence_options),
+            normalizer=self.normalizer,
+            label_loss_weight=self.label_loss_weight,
+            divergence_temperature=self.divergence_temperature,
+        )
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The fix for a mistyped name: the nearest valid one if there is one, and else all of them."""
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean '{close[0]}'?" if close else f"Valid: {', '.join(sorted(known))}"
+
+
+def _gate(name: str, options: dict[str, Any]) -> Any:
+    if name in ("inverted", "matched_random") and isinstance(options.get("gate"), str):
+        inner = _gate(options["gate"], {key: value for key, value in options.items() if key != "gate"})
+        return GATES[name](inner)
+    return _build("gate", GATES, name, "gate_options", options)
+
+
+def _build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_key: str, options: Options | None) -> Any:
+    if name not in known:
+        raise ConfigError(f"{key}: '{name}' is not a {key}", nearest(str(name), list(known)))
+    build, given = known[name], _mapping(options_key, options)
+    valid = [f.name for f in fields(build)] if is_dataclass(build) else []
+    for option, value in given.items():
+        if option not in valid:
+            fix = nearest(option, valid) if valid else f"Remove it: {name} has no options"
+            raise ConfigError(f"{options_key}: '{option}' is not an option of {name}", fix)
+        if not isinstance(value, (int, float)):
+            raise ConfigError(f"{options_key}: {option} is {value!r}", "Give a number")
+    missing = [f for f in ("gate",) if f in valid and f not in given]
+    if missing:
+        raise ConfigError(f"{options_key}: {name} needs another gate", f"Write {options_key}: {{gate: top_k}}")
+    return build(**given)
+
+
+def _mapping(key: str, options: Options | None) -> dict[str, Any]:
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{key} is not JSON: {error}", f"Write for example --{key} '{{\"verify_top_k\": 5}}'") from None
+    if options is not None and not isinstance(options, dict):
+        raise ConfigError(f"{key} is {options!r}", "Give a mapping of option to number")
+    return dict(options or {})

@@ -1,0 +1,153 @@
+"""Diverge: how far the student is from the teacher, one number per token, each formula written once.
+
+Every function takes normalised log-probabilities (student q, teacher p), both [N, S], and returns [N] nats, unweighted and
+unreduced. −inf marks a zero probability; an entry that both give zero adds nothing, to the value and to the gradient.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speckd.errors import ConfigError
+
+
+def _expectation(log_weight: Tensor, value: Tensor) -> Tensor:
+    """Σ exp(log_weight)·value over the entries with weight: inputs are masked, not the product, so no NaN can come back."""
+    return (log_weight.exp() * torch.where(log_weight > -torch.inf, value, 0)).sum(-1)
+
+
+def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a − b, and 0 where both are −inf."""
+    absent = (a == -torch.inf) & (b == -torch.inf)
+    return a.masked_fill(absent, 0) - b.masked_fill(absent, 0)
+
+
+def _log_mixture(share: float, a: Tensor, b: Tensor) -> Tensor:
+    """log(share·exp(a) + (1 − share)·exp(b)) for 0 < share < 1; 0 where both are −inf, where its weight is 0 anyway."""
+    absent = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(absent, 0) + math.log(share), b.masked_fill(absent, 0) + math.log1p(-share))
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(p ‖ q) = Σ p log(p/q)."""
+    return _expectation(teacher, _log_ratio(teacher, student))
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(q ‖ p) = Σ q log(q/p)."""
+    return _expectation(student, _log_ratio(student, teacher))
+
+
+def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+    """½ Σ |p − q|, in [0, 1] (not nats)."""
+    return 0.5 * (teacher.exp() - student.exp()).abs().sum(-1)
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} is {value}", f"Use {name} between 0 and 1")
+
+
+@dataclass(frozen=True)
+class GeneralizedJSD:
+    """GKD's `β·KL(p ‖ m) + (1 − β)·KL(q ‖ m)`, m = βp + (1 − β)q (2306.13649, eq. 1).
+
+    Its ends vanish, so β = 0 stands for forward KL and β = 1 for reverse KL, as in GKD and TRL.
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require_share("beta", self.beta)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.beta == 0:
+            return forward_kl(student, teacher)
+        if self.beta == 1:
+            return reverse_kl(student, teacher)
+        mixture = _log_mixture(self.beta, teacher, student)
+        return self.beta * _expectation(teacher, teacher - mixture) + (1 - self.beta) * _expectation(student, student - mixture)
+
+
+@dataclass(frozen=True)
+class SkewedForwardKL:
+    """DistiLLM's `KL(p ‖ αp + (1 − α)q)` (2402.03898)."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_share("alpha", self.alpha)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.alpha == 0:
+            return forward_kl(student, teacher)
+        if self.alpha == 1:
+            return 0 * student.exp().sum(-1)
+        return _expectation(teacher, teacher - _log_mixture(self.alpha, teacher, student))
+
+
+@dataclass(frozen=True)
+class SkewedReverseKL:
+    """DistiLLM's `KL(q ‖ (1 − α)p + αq)` (2402.03898)."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_share("alpha", self.alpha)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return SkewedForwardKL(self.alpha)(teacher, student)
+
+
+@dataclass(frozen=True)
+class AlphaBeta:
+    """ABKD's α-β divergence (2505.04560): −1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)]."""
+
+    alpha: float = 0.2
+    beta: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not (self.alpha > 0 and self.beta > 0):
+            raise ConfigError(
+                f"alpha_beta with alpha {self.alpha} and beta {self.beta}",
+                "Use alpha and beta above 0 (the limits are forward_kl and reverse_kl)",
+            )
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        a, b, c = self.alpha, self.beta, self.alpha + self.beta
+        cross = (a * teacher + b * student).exp()
+        own = a / c * (c * teacher).exp() + b / c * (c * student).exp()
+        return (own - cross).sum(-1) / (a * b)
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """AKL (2404.02657): forward and reverse KL, each by its share of the gap Σ|p − q| in the teacher's head and tail.
+
+    The head is the most probable tokens while their cumulative probability stays within `head_mass`, and always the first.
+    The shares are constants: no gradient flows through them.
+    """
+
+    head_mass: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require_share("head_mass", self.head_mass)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            ordered, order = teacher.exp().sort(dim=-1, descending=True, stable=True)
+            gap = (ordered - student.exp().gather(-1, order)).abs()
+            head = ordered.cumsum(-1) <= self.head_mass
+            head[..., 0] = True
+            head_gap, whole = (gap * head).sum(-1), gap.sum(-1)
+            share = torch.where(whole > 0, head_gap / whole.where(whole > 0, 1), 0.5)
+        return share * forward_kl(student, teacher) + (1 - share) * reverse_kl(student, teacher)
+
+
+def todi(student: Tensor, teacher: Tensor) -> Tensor:
+    """ToDi (2505.16297): each vocabulary entry mixes the two KLs by σ(log p/q) and σ(log q/p), both without gradient."""
+    ratio = _log_ratio(teacher, student)
+    share = torch.sigmoid(ratio.detach())
+    return _expectation(teacher, share * ratio) - _expectation(student, (1 - share) * ratio)

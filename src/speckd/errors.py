@@ -1,0 +1,36 @@
+"""What a user did wrong, in one line: what is wrong and where, then the fix. The command line prints it and exits with 2."""
+
+
+class SpeckdError(Exception):
+    """Base of every error that a user can mend.
+
+    Args:
+        what: what is wrong and where (file, key, row).
+        fix: what to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what}. {fix}")
+        self.what, self.fix = what, fix
+
+
+class ConfigError(SpeckdError):
+    """An unknown, mistyped or contradictory setting."""
+
+
+class DataError(SpeckdError):
+    """A dataset that cannot be read, or that supervises nothing."""
+
+
+class VocabularyError(SpeckdError):
+    """Student and teacher do not name tokens the same way."""
+
+
+class CapabilityError(SpeckdError):
+    """The teacher's signal does not hold what a gate or divergence needs."""
+
+
+class NonFiniteError(SpeckdError):
+    """Logits or losses that are NaN or infinite: raised before the optimizer sees them."""

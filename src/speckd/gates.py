@@ -1,0 +1,199 @@
+"""Propose → verify: which tokens the student may learn from the teacher. (Weigh is `policies.py`, diverge `divergences.py`.)
+
+A gate maps `Rows` to an acceptance in [0, 1] per row, without gradient. Notation: p teacher, q student, y the data's token.
+Greedy Top-k and Spec-k are the paper's (arXiv 2510.24021); what is ours says so. All verdicts are taken at temperature 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speckd.errors import ConfigError
+from speckd.randomness import uniforms
+from speckd.types import BatchGate, Gate, Rows, TokenKeys
+
+# ---- propose -------------------------------------------------------------------------------------------------------------
+
+
+def propose_greedy(rows: Rows) -> Tensor:
+    """The student's own most probable token, [N]."""
+    return rows.student_logits.argmax(-1)
+
+
+def propose_candidates(rows: Rows, draws: Tensor) -> Tensor:
+    """Independent samples of the student by inverse CDF, duplicates possible: uniforms [N, C] -> token ids [N, C]."""
+    cumulative = rows.student_log_probs.exp().double().cumsum(-1)
+    target = draws * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)
+
+
+# ---- verify --------------------------------------------------------------------------------------------------------------
+
+
+def verify_in_top_k(rows: Rows, token_ids: Tensor, k: int) -> Tensor:
+    """[N] ids -> [N] bool: the token is among the teacher's k most probable."""
+    return rows.teacher.in_top_k(token_ids, k)
+
+
+def verify_speculative(rows: Rows, candidates: Tensor, draws: Tensor) -> Tensor:
+    """Speculative decoding's test, each candidate by its own uniform: [N, C] ids, [N, C] uniforms -> [N, C] bool."""
+    student = rows.student_log_probs.gather(-1, candidates).double().exp()
+    teacher = rows.teacher.log_prob(candidates).double().exp()
+    return draws * student < teacher  # u < p/q, without the division
+
+
+def label_ratio(rows: Rows) -> Tensor:
+    """p(y)/q(y), [N]: how much better the teacher explains the data than the student does."""
+    return (rows.teacher.label_log_prob(rows.labels) - rows.student_label_log_prob).exp()
+
+
+# ---- the paper's gates ---------------------------------------------------------------------------------------------------
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} is {value}", f"Use {name} of at least 1 (the paper's default is 5)")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Greedy Top-k: accepted iff the student's argmax is among the teacher's k most probable tokens."""
+
+    verify_top_k: int = 5
+
+    def __post_init__(self) -> None:
+        _require_positive("verify_top_k", self.verify_top_k)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        proposal = propose_greedy(rows)
+        return verify_in_top_k(rows, proposal, self.verify_top_k).to(rows.student_logits.dtype)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Spec-k: the student draws k candidates; accepted iff at least one passes `min(1, p/q)` with its own uniform."""
+
+    candidates: int = 5
+
+    def __post_init__(self) -> None:
+        _require_positive("candidates", self.candidates)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        keys = rows.keys
+        draws = uniforms(keys.seed, keys.epoch, keys.sample, keys.position, self.candidates)
+        candidates = propose_candidates(rows, draws[..., 0])
+        return verify_speculative(rows, candidates, draws[..., 1]).any(-1).to(rows.student_logits.dtype)
+
+
+@dataclass(frozen=True)
+class ExpectedSpec:
+    """Spec-k's probability of acceptance, `1 − TV(p, q)^k`, as a weight: the same on average, without variance. Ours."""
+
+    candidates: int = 5
+
+    def __post_init__(self) -> None:
+        _require_positive("candidates", self.candidates)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        total_variation = 1 - rows.teacher.overlap(rows.student_log_probs)
+        return 1 - total_variation**self.candidates
+
+
+# ---- verifying the teacher against the data: ours ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """Accepted iff the student's proposal *or* the data's token is among the teacher's k most probable."""
+
+    verify_top_k: int = 5
+
+    def __post_init__(self) -> None:
+        _require_positive("verify_top_k", self.verify_top_k)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        proposed = verify_in_top_k(rows, propose_greedy(rows), self.verify_top_k)
+        written = verify_in_top_k(rows, rows.labels, self.verify_top_k)
+        return (proposed | written).to(rows.student_logits.dtype)
+
+
+@dataclass(frozen=True)
+class LabelInTopK:
+    """Accepted iff the data's token is among the teacher's k most probable."""
+
+    verify_top_k: int = 5
+
+    def __post_init__(self) -> None:
+        _require_positive("verify_top_k", self.verify_top_k)
+
+    def __call__(self, rows: Rows) -> Tensor:
+        return verify_in_top_k(rows, rows.labels, self.verify_top_k).to(rows.student_logits.dtype)
+
+
+@dataclass(frozen=True)
+class LabelRatio:
+    """The data verifies the teacher: weight `min(1, p(y)/q(y))` (soft), or accepted iff `p(y) ≥ q(y)` (hard)."""
+
+    hard: bool = False
+
+    def __call__(self, rows: Rows) -> Tensor:
+        if self.hard:
+            accepted = rows.teacher.label_log_prob(rows.labels) >= rows.student_label_log_prob
+            return accepted.to(rows.student_logits.dtype)
+        return label_ratio(rows).clamp(max=1.0).to(rows.student_logits.dtype)
+
+
+# ---- controls ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NoGate:
+    """Everything is accepted: plain distillation."""
+
+    def __call__(self, rows: Rows) -> Tensor:
+        return torch.ones_like(rows.student_logits[:, 0])
+
+
+@dataclass(frozen=True)
+class Random:
+    """Accepts a row with probability `rate`, whatever teacher and student say."""
+
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise ConfigError(f"rate is {self.rate}", "Use a rate between 0 and 1")
+
+    def __call__(self, rows: Rows) -> Tensor:
+        return (_one_uniform(rows.keys) < self.rate).to(rows.student_logits.dtype)
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """Accepts exactly what another gate rejects."""
+
+    gate: Gate
+
+    def __call__(self, rows: Rows) -> Tensor:
+        return 1 - self.gate(rows)
+
+
+@dataclass(frozen=True)
+class MatchedRandom:
+    """Accepts at random, at the rate at which another gate accepts in the same (micro-)batch: a `BatchGate`."""
+
+    gate: Gate
+
+    def score(self, rows: Rows) -> Tensor:
+        return self.gate(rows)
+
+    def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
+        return (_one_uniform(keys) < scores.mean()).to(scores.dtype)
+
+
+def _one_uniform(keys: TokenKeys) -> Tensor:
+    return uniforms(keys.seed, keys.epoch, keys.sample, keys.position, draws=1, stream=1)[:, 0, 0]
+
+
+AnyGate = Gate | BatchGate

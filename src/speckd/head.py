@@ -1,0 +1,94 @@
+"""LMHead: hidden states to logits. The only place that knows vocabularies' paddings, biases, scales and soft caps."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speckd.errors import CapabilityError, NonFiniteError
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """`softcap·tanh(scale·(hidden Wᵀ + bias)/softcap)`, or without the cap where it is None.
+
+    `weight`: [V, H]; `bias`: [V] or None. Logits come back in float32 (float64 stays), whatever the product's dtype.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, V]."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def restricted(self, token_ids: Tensor | int) -> "LMHead":
+        """Only the first n tokens (a view), or only the given ids (a copy), of the vocabulary."""
+        if isinstance(token_ids, int) and token_ids == self.weight.shape[0]:
+            return self
+        keep = slice(token_ids) if isinstance(token_ids, int) else token_ids.to(self.weight.device)
+        return replace(self, weight=self.weight[keep], bias=None if self.bias is None else self.bias[keep])
+
+    def detached(self) -> "LMHead":
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
+
+    @classmethod
+    def from_model(cls, model: Any) -> "LMHead":
+        """Reads the head of a Transformers causal language model, LoRA on the head included.
+
+        Gradients flow to the model's own parameters. Call `check_head` once after loading: it proves the reading.
+        """
+        config = model.config.get_text_config()
+        weight, bias = _weight_and_bias(model.get_output_embeddings())
+        scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        return cls(weight, bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
+
+
+def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's parameters, through PEFT's wrappers: a trained copy, or a base weight plus its low-rank update."""
+    if hasattr(layer, "modules_to_save"):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if not hasattr(layer, "get_base_layer"):
+        return layer.weight, layer.bias
+    base = layer.get_base_layer()
+    weight = base.weight
+    for adapter in () if layer.disable_adapters else layer.active_adapters:
+        weight = weight + layer.get_delta_weight(adapter)
+    return weight, base.bias
+
+
+@torch.no_grad()
+def check_head(model: Any, name: str) -> None:
+    """Refuses a model whose logits are not what `LMHead` computes, or that are not finite. One forward of three tokens.
+
+    Args:
+        model: a Transformers causal language model, eval or train mode (restored).
+        name: what to call it in the error ("student", "teacher").
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(1, 4, device=model.get_output_embeddings().weight.device)[None]
+    expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    found = LMHead.from_model(model)(hidden)
+    model.train(was_training)
+    if not torch.isfinite(expected).all():
+        raise NonFiniteError(
+            f"the {name}'s logits are NaN or infinite on a plain three-token input",
+            f"Check the {name}'s weights, or load it in float32 or bfloat16 instead of float16",
+        )
+    tolerance = 1e-2 if hidden.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+        raise CapabilityError(
+            f"the {name} ({type(model).__name__}) turns hidden states into logits in a way that speckd does not know",
+            "Please report the model's name: head.py is the one place to teach it",
+        )

@@ -1,0 +1,146 @@
+"""The loss, defined once: gate → policy → divergence for some rows. Whole batches and chunks call the same function."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from speckd.divergences import forward_kl
+from speckd.errors import ConfigError, NonFiniteError
+from speckd.gates import AnyGate, LabelRatio
+from speckd.policies import FallbackRows, Label, RejectedPolicy
+from speckd.support import shared_support
+from speckd.types import Divergence, Rows, TokenKeys
+
+Normalizer = Literal["valid", "weight"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: `(1 − λ)·[w·D(p, q) + w'·fallback] + λ·CE(y)` per token, summed, over one count.
+
+    Args:
+        gate: which tokens are accepted.
+        rejected: what the others get.
+        divergence: (student, teacher) log-probs -> one number per token.
+        normalizer: what the sum is divided by: "valid", the number of supervised tokens (the paper's; at low acceptance it is
+            also a smaller step), or "weight", the sum of all the tokens' weights.
+        label_loss_weight: λ, the share of plain cross-entropy; 1 is SFT and needs no teacher.
+        divergence_temperature: T divides both sides' logits in the divergence, which is multiplied by T², so that the size
+            of its gradient does not depend on T (Hinton et al. 2015). Gates and cross-entropy stay at temperature 1.
+    """
+
+    gate: AnyGate = field(default_factory=LabelRatio)
+    rejected: RejectedPolicy = field(default_factory=Label)
+    divergence: Divergence = forward_kl
+    normalizer: Normalizer = "valid"
+    label_loss_weight: float = 0.0
+    divergence_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_loss_weight <= 1:
+            raise ConfigError(f"label_loss_weight is {self.label_loss_weight}", "Use a share between 0 and 1")
+        if not self.divergence_temperature > 0:
+            raise ConfigError(f"divergence_temperature is {self.divergence_temperature}", "Use a temperature above 0")
+        if self.normalizer not in ("valid", "weight"):
+            raise ConfigError(f"normalizer is {self.normalizer!r}", "Use 'valid' (the paper's) or 'weight'")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.label_loss_weight < 1
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """The loss of N tokens, taken apart. All [N]; only `loss` carries gradient.
+
+    `loss`: what is summed; `weight`: what "weight" counts; `acceptance`: the gate's verdict; `divergence`: D before any weight
+    and NaN where a zero weight made it unnecessary; `accepted_loss`, `rejected_loss`, `label_loss`: the parts of `loss` from
+    accepted weight, from rejected weight (down-weighted or fallback) and from `label_loss_weight`.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    acceptance: Tensor
+    divergence: Tensor
+    accepted_loss: Tensor
+    rejected_loss: Tensor
+    label_loss: Tensor
+
+
+def label_terms(rows_logits: Tensor, labels: Tensor) -> TokenTerms:
+    """SFT, the objective without a teacher: plain cross-entropy; the verdict is NaN, since nobody gave one."""
+    loss = torch.nn.functional.cross_entropy(rows_logits, labels, reduction="none")
+    nothing, unknown = torch.zeros_like(loss.detach()), torch.full_like(loss.detach(), torch.nan)
+    return TokenTerms(loss, nothing + 1, unknown, unknown, nothing, nothing, loss.detach())
+
+
+def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTerms:
+    """Weigh and diverge. Gradient flows to `rows.student_logits` only.
+
+    Args:
+        objective: the composition.
+        rows: N supervised tokens.
+        acceptance: [N] from the gate, no gradient.
+    """
+    on, fallback_on = objective.rejected.weights(acceptance)
+    share, temperature = 1 - objective.label_loss_weight, objective.divergence_temperature
+    logits = rows.student_logits
+    active = ((on > 0) | (fallback_on > 0)).nonzero()[:, 0]  # a token without weight needs no divergence
+    loss, divergence = torch.zeros_like(on), torch.full_like(on, torch.nan)
+    accepted, rejected, labelled = torch.zeros_like(on), torch.zeros_like(on), torch.zeros_like(on)
+    label_log_prob = rows.student_label_log_prob
+
+    if share > 0 and active.numel():
+        everything = active.numel() == len(on)
+        student, teacher = shared_support(
+            logits if everything else logits[active],
+            rows.teacher if everything else rows.teacher.rows(active),
+            temperature,
+        )
+        per_token = temperature**2 * objective.divergence(student, teacher)
+        fallback = objective.rejected.fallback(FallbackRows(student, teacher, label_log_prob[active], temperature))
+        # A weight of exactly 0 must also silence an infinite divergence: select, do not multiply.
+        weighed = torch.where(on[active] > 0, on[active] * per_token, 0)
+        fell_back = torch.where(fallback_on[active] > 0, fallback_on[active] * fallback, 0)
+        loss = loss.index_add(0, active, share * (weighed + fell_back))
+        divergence = divergence.index_copy(0, active, per_token.detach())
+        own = torch.where(acceptance[active] > 0, acceptance[active] * per_token.detach(), 0)
+        accepted = accepted.index_add(0, active, share * own)
+        rejected = rejected.index_add(0, active, share * (weighed + fell_back).detach() - share * own)
+    if objective.label_loss_weight > 0:
+        labelled = objective.label_loss_weight * -label_log_prob
+        loss, labelled = loss + labelled, labelled.detach()
+    weight = share * (on + fallback_on) + objective.label_loss_weight
+    return TokenTerms(loss, weight, acceptance, divergence, accepted, rejected, labelled)
+
+
+def require_usable_logits(logits: Tensor, who: str, keys: TokenKeys) -> None:
+    """Refuses NaN, +inf and rows that are −inf throughout. Single −inf entries are tokens that are ruled out: fine."""
+    largest = logits.amax(-1)  # propagates NaN
+    _require(
+        torch.isfinite(largest),
+        keys,
+        f"the {who}'s logits are NaN or infinite",
+        f"If the {who} is trained, lower the learning rate; if not, load it in float32 or bfloat16 and check its weights",
+    )
+
+
+def require_finite_losses(losses: Tensor, keys: TokenKeys) -> None:
+    """Refuses an infinite or NaN loss: one side gives probability 0 to what the other believes in."""
+    _require(
+        torch.isfinite(losses),
+        keys,
+        "the loss is NaN or infinite",
+        "One model rules out (probability 0) a token that "
+        "the other or the data needs: use generalized_jsd or total_variation, or lower the learning rate",
+    )
+
+
+def _require(good: Tensor, keys: TokenKeys, what: str, fix: str) -> None:
+    if bool(good.all()):
+        return
+    bad = (~good).nonzero()[:, 0]
+    sample, position = int(keys.sample[bad[0]]), int(keys.position[bad[0]])
+    raise NonFiniteError(f"{what} at {len(bad)} of {len(good)} tokens, first in sample {sample} at position {position}", fix)

@@ -1,0 +1,55 @@
+"""Puts student and teacher on one shared support, the last axis of every divergence."""
+
+import torch
+from torch import Tensor
+
+from speckd.errors import CapabilityError
+from speckd.types import DenseSignal, TeacherSignal, TopKSignal
+
+
+def shared_support(student_logits: Tensor, teacher: TeacherSignal, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of both on one support.
+
+    The shared vocabulary (S = V) where the teacher is dense; the teacher's top-K plus one tail bucket that holds the rest of
+    either distribution (S = K + 1) where it is not; no tail where K = V, so that case is exact.
+
+    Args:
+        student_logits: [N, V].
+        teacher: the signal of the same rows.
+        temperature: divides both sides' logits before the softmax.
+
+    Returns:
+        student and teacher log-probabilities, both [N, S], each summing to 1.
+
+    Raises:
+        CapabilityError: a temperature other than 1 with a truncated teacher, whose tail cannot be re-normalised.
+    """
+    student = torch.log_softmax(student_logits / temperature, dim=-1)
+    if isinstance(teacher, DenseSignal):
+        return student, torch.log_softmax(teacher.logits / temperature, dim=-1)
+    if teacher.token_ids.shape[-1] == student_logits.shape[-1]:
+        return student.gather(-1, teacher.token_ids), torch.log_softmax(teacher.log_probs / temperature, dim=-1)
+    if temperature != 1:
+        raise CapabilityError(
+            f"divergence_temperature is {temperature}, but the teacher gives its top {teacher.token_ids.shape[-1]} only: "
+            "its tail at that temperature is unknown",
+            "Use divergence_temperature 1, or a teacher that gives the whole vocabulary",
+        )
+    return _with_tail(student, teacher)
+
+
+def _with_tail(student: Tensor, teacher: TopKSignal) -> tuple[Tensor, Tensor]:
+    outside = student.scatter(-1, teacher.token_ids, -torch.inf)
+    # Summing what is outside keeps every digit; 1 − Σ inside would cancel where the top-K holds nearly everything.
+    student_tail = torch.logsumexp(outside, dim=-1, keepdim=True)
+    teacher_tail = log1mexp(torch.logsumexp(teacher.log_probs, dim=-1, keepdim=True))
+    return (
+        torch.cat([student.gather(-1, teacher.token_ids), student_tail], -1),
+        torch.cat([teacher.log_probs, teacher_tail], -1),
+    )
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 − exp(x)) for x ≤ 0 without cancellation (Mächler 2012); −inf at 0, and where rounding put x above 0."""
+    x = x.clamp(max=0)
+    return torch.where(x > -0.6931471805599453, torch.log(-torch.expm1(x)), torch.log1p(-x.exp()))

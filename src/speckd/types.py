@@ -1,0 +1,179 @@
+"""What travels between the parts. Shape legend, used in every docstring:
+
+    B sequences, L positions of a sequence, N supervised tokens ("rows"), V shared vocabulary, K teacher's top-K,
+    S support (V, or K plus the tail), H hidden width.
+
+Log-probabilities are natural logarithms, losses and entropies are in nats. `-inf` is a true zero probability.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from speckd.errors import CapabilityError
+
+IGNORED_LABEL = -100  # the field's convention for "not supervised"
+
+
+@dataclass(frozen=True)
+class TokenKeys:
+    """Who each row is, for randomness by counter and for per-sequence means. `sample`, `position`: [N] int64."""
+
+    sample: Tensor
+    position: Tensor
+    seed: int = 0
+    epoch: int = 0
+
+    def rows(self, index: Tensor) -> "TokenKeys":
+        return replace(self, sample=self.sample[index], position=self.position[index])
+
+
+@dataclass(frozen=True)
+class DenseSignal:
+    """The teacher's whole distribution. `logits`: [N, V], float32 or float64, any shift."""
+
+    logits: Tensor
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        return torch.log_softmax(self.logits, dim=-1)
+
+    def log_prob(self, token_ids: Tensor) -> Tensor:
+        """[N, C] ids -> [N, C] log-probabilities."""
+        return self.log_probs.gather(-1, token_ids)
+
+    def label_log_prob(self, labels: Tensor) -> Tensor:
+        return self.log_prob(labels[:, None])[:, 0]
+
+    def in_top_k(self, token_ids: Tensor, k: int) -> Tensor:
+        """[N] ids -> [N] bool: fewer than k tokens are strictly more probable, so ties are accepted in any order."""
+        own = self.logits.gather(-1, token_ids[:, None])
+        return ((self.logits > own).sum(-1) < k) & (own[:, 0] > -torch.inf)
+
+    def overlap(self, student_log_probs: Tensor) -> Tensor:
+        """Σ_v min(p, q) = 1 − TV, [N]: the chance that one candidate drawn from the student is accepted."""
+        return torch.minimum(student_log_probs, self.log_probs).exp().sum(-1).clamp(max=1.0)
+
+    def entropy(self) -> Tensor:
+        return torch.special.entr(self.log_probs.exp()).sum(-1)
+
+    def argmax(self) -> Tensor:
+        return self.logits.argmax(-1)
+
+    def rows(self, index: Tensor) -> "DenseSignal":
+        return DenseSignal(self.logits[index])
+
+
+@dataclass(frozen=True)
+class TopKSignal:
+    """The teacher's K most probable tokens and, exactly, its probability of the data's token.
+
+    `token_ids`: [N, K] int64, distinct in a row; `log_probs`: [N, K], of the full softmax at temperature 1, so they sum to at
+    most 1 and the rest is the tail; `label_log_probs`: [N] or None. What lies outside the top-K is never guessed: a proposal
+    there counts as rejected, so a verdict that needs its probability is a lower bound (method.md of the docs says which do).
+    """
+
+    token_ids: Tensor
+    log_probs: Tensor
+    label_log_probs: Tensor | None = None
+
+    def log_prob(self, token_ids: Tensor) -> Tensor:
+        """[N, C] ids -> [N, C] log-probabilities, −inf where the id is outside the top-K (known only to be small)."""
+        found = token_ids[:, :, None] == self.token_ids[:, None, :]
+        known = torch.where(found, self.log_probs[:, None, :], -torch.inf)
+        return known.amax(-1)
+
+    def label_log_prob(self, labels: Tensor) -> Tensor:
+        if self.label_log_probs is None:
+            raise CapabilityError(
+                "this top-K teacher does not hold its probability of the label, and the label may lie outside the top-K",
+                "Store label_log_probs with it, or use a gate that verifies the proposal only (top_k)",
+            )
+        return self.label_log_probs
+
+    def in_top_k(self, token_ids: Tensor, k: int) -> Tensor:
+        if k > self.token_ids.shape[-1]:
+            raise CapabilityError(
+                f"verify_top_k is {k}, but the teacher gives its top {self.token_ids.shape[-1]} only",
+                "Lower verify_top_k, or capture the teacher with a larger teacher_top_k",
+            )
+        own = self.log_prob(token_ids[:, None])
+        return ((self.log_probs > own).sum(-1) < k) & (own[:, 0] > -torch.inf)
+
+    def overlap(self, student_log_probs: Tensor) -> Tensor:
+        """Σ min(p, q) over the top-K, [N]: a lower bound of the whole overlap, since the tail's share is unknown."""
+        student = student_log_probs.gather(-1, self.token_ids)
+        return torch.minimum(student, self.log_probs).exp().sum(-1).clamp(max=1.0)
+
+    def entropy(self) -> Tensor:
+        """Entropy of the top-K and one tail bucket: a lower bound of the teacher's entropy."""
+        probs = self.log_probs.exp()
+        tail = (1 - probs.sum(-1)).clamp(min=0)
+        return torch.special.entr(probs).sum(-1) + torch.special.entr(tail)
+
+    def argmax(self) -> Tensor:
+        best = self.log_probs.argmax(-1, keepdim=True)
+        return self.token_ids.gather(-1, best)[:, 0]
+
+    def rows(self, index: Tensor) -> "TopKSignal":
+        labels = None if self.label_log_probs is None else self.label_log_probs[index]
+        return TopKSignal(self.token_ids[index], self.log_probs[index], labels)
+
+
+TeacherSignal: TypeAlias = DenseSignal | TopKSignal
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a gate sees: everything that is known of N supervised tokens. No gradient flows from here.
+
+    `student_logits`: [N, V], float32 or float64; `labels`: [N] int64, the data's token.
+    """
+
+    student_logits: Tensor
+    teacher: TeacherSignal
+    labels: Tensor
+    keys: TokenKeys
+
+    @cached_property
+    def student_log_probs(self) -> Tensor:
+        return torch.log_softmax(self.student_logits, dim=-1)
+
+    @cached_property
+    def student_label_log_prob(self) -> Tensor:
+        return self.student_log_probs.gather(-1, self.labels[:, None])[:, 0]
+
+
+class Gate(Protocol):
+    """Propose and verify: how far each row is accepted, [N] in [0, 1]; 0 or 1 for the hard gates."""
+
+    def __call__(self, rows: Rows) -> Tensor: ...
+
+
+@runtime_checkable
+class BatchGate(Protocol):
+    """A gate that must see the whole batch: a first pass scores every row, `select` then decides over all scores at once."""
+
+    def score(self, rows: Rows) -> Tensor:
+        """[N] scores of one chunk."""
+        ...
+
+    def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
+        """[N] scores of the whole batch -> [N] acceptance in [0, 1]."""
+        ...
+
+
+#: (student log-probs, teacher log-probs), both [N, S] and normalised -> one number per token, [N], differentiable.
+Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+class TeacherRows(Protocol):
+    """A teacher's answer for one batch, handed out chunk by chunk so that [N, V] is never held."""
+
+    def signal(self, index: Tensor) -> TeacherSignal:
+        """[n] int64 indices of the batch's flattened positions -> the signal of those rows."""
+        ...
