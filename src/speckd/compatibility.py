@@ -1,0 +1,111 @@
+"""Do student and teacher name tokens the same way? Checked once, before any model is loaded."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from speckd.errors import VocabularyError
+from speckd.head import LMHead
+from speckd.types import IGNORED_LABEL
+
+logger = logging.getLogger(__name__)
+
+#: Splits, digits, case, spaces, symbols, scripts: tokenizers with one vocabulary but other merges disagree on some of it.
+_PROBE = "Once upon a time, 3 cats cost $12.50 each!\n\n  def f(xs):\n\treturn [x**2 for x in xs]  # Straße, 你好, naïve"
+
+
+class Tokenizer(Protocol):
+    """What is asked of a Transformers tokenizer."""
+
+    def get_vocab(self) -> Mapping[str, int]: ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """The axis that student and teacher share: the first `size` ids, or exactly `ids` ([size] int64, ascending) if not None."""
+
+    size: int
+    ids: Tensor | None = None
+
+    def restrict(self, head: LMHead) -> LMHead:
+        """The head's rows of the shared tokens: padding and tokens that only one side knows are gone, not masked."""
+        return head.restricted(self.size if self.ids is None else self.ids)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Token ids (or −100), any shape, as indices of the shared axis.
+
+        Raises:
+            VocabularyError: a label is a token that the teacher does not know, so it cannot be verified.
+        """
+        if self.ids is None:
+            places, known = labels, labels < self.size
+        else:
+            ids = self.ids.to(labels.device)
+            places = torch.searchsorted(ids, labels.clamp(min=0))
+            known = (labels == IGNORED_LABEL) | (ids[places.clamp(max=self.size - 1)] == labels)
+            places = places.where(labels != IGNORED_LABEL, IGNORED_LABEL)
+        if bool(known.all()):
+            return places
+        token = int(labels[~known][0])
+        raise VocabularyError(
+            f"token id {token} stands in the data ({int((~known).sum())} times in this batch), but the teacher does not know it",
+            "Remove that token from the data or the chat template, or use a teacher that has it",
+        )
+
+
+def shared_vocabulary(student: Tokenizer, teacher: Tokenizer, student_width: int, teacher_width: int) -> SharedVocabulary:
+    """The tokens that both know, by identity: the same string under the same id.
+
+    Args:
+        student, teacher: tokenizers.
+        student_width, teacher_width: rows of the two heads; what exceeds the tokenizer is padding.
+
+    Raises:
+        VocabularyError: a token has two ids, an id has two tokens, or the same text is cut differently.
+    """
+    own, other = student.get_vocab(), teacher.get_vocab()
+    _refuse_conflicts(own, other)
+    if student.encode(_PROBE, add_special_tokens=False) != teacher.encode(_PROBE, add_special_tokens=False):
+        raise VocabularyError(
+            "student and teacher share token ids but cut the same text differently (other merges or normalisation)",
+            "Use models of one family, with one tokenizer",
+        )
+    shared = sorted(i for token, i in own.items() if token in other and i < min(student_width, teacher_width))
+    size = len(shared)
+    prefix = shared[-1] == size - 1
+    if not student_width == teacher_width == size:
+        logger.warning(
+            "Vocabulary: the student's head has %s rows, the teacher's %s; distilling on the %s tokens that both know%s.",
+            f"{student_width:,}",
+            f"{teacher_width:,}",
+            f"{size:,}",
+            "" if prefix else " (not a prefix: the heads are copied)",
+        )
+    return SharedVocabulary(size, None if prefix else torch.tensor(shared))
+
+
+def _refuse_conflicts(own: Mapping[str, int], other: Mapping[str, int]) -> None:
+    moved = sorted((i, token, other[token]) for token, i in own.items() if token in other and other[token] != i)
+    if moved:
+        own_id, token, other_id = moved[0]
+        raise VocabularyError(
+            f"{len(moved):,} tokens have different ids, first {token!r}: {own_id} in the student, {other_id} in the teacher",
+            "Use a student and a teacher with the same tokenizer; distilling across tokenizers is not supported",
+        )
+    names = {i: token for token, i in other.items()}
+    renamed = sorted((i, token, names[i]) for token, i in own.items() if i in names and token not in other)
+    if renamed:
+        token_id, token, other_token = renamed[0]
+        raise VocabularyError(
+            f"{len(renamed):,} ids mean different tokens, first {token_id}: {token!r} in the student, "
+            f"{other_token!r} in the teacher",
+            "Use a student and a teacher with the same tokenizer (added special tokens included)",
+        )
+    if not own.keys() & other.keys():
+        raise VocabularyError("student and teacher have no token in common", "Use models with the same tokenizer")
