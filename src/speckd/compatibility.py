@@ -54,7 +54,7 @@ class SharedVocabulary:
             return places
         token = int(labels[~known][0])
         raise VocabularyError(
-            f"token id {token} stands in the data ({int((~known).sum())} times in this batch), but the teacher does not know it",
+            f"token id {token} stands in the data ({int((~known).sum())} times in this batch), unknown to the teacher",
             "Remove that token from the data or the chat template, or use a teacher that has it",
         )
 

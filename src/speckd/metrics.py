@@ -113,6 +113,6 @@ class StarvationWatch:
             return None
         self.said = True
         return (
-            f"STARVATION: the token acceptance rate has been below {self.threshold:.0%} for {self.low_steps} steps, so rejected "
-            f"tokens outnumber what teaches. Remedies: {STARVATION_REMEDIES}."
+            f"STARVATION: the token acceptance rate has been below {self.threshold:.0%} for {self.low_steps} steps, so hardly "
+            f"any token teaches. Remedies: {STARVATION_REMEDIES}."
         )
