@@ -24,7 +24,12 @@ def generate_greedy(model: Any, encoded: Sequence[Encoded], end: int, pad: int) 
     for length, members in by_length.items():
         ids = torch.tensor([encoded[i].ids[:length] for i in members])
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=pad
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=pad,
         )[:, length:].tolist()
         for i, tokens in zip(members, out, strict=True):
             answers[i] = tokens[: tokens.index(end)] if end in tokens else tokens

@@ -58,4 +58,4 @@ def make(rng: random.Random, level: int) -> Example:
 
 def verify(example: Example, completion: str) -> bool:
     """What follows the last `####` is exactly the number."""
-    return completion.split("####")[-1].split() == [str(example.answer)] and "####" in completion
+    return completion.rsplit("####", maxsplit=1)[-1].split() == [str(example.answer)] and "####" in completion

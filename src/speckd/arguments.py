@@ -1,0 +1,94 @@
+"""The settings of a training run: TRL's names, the method's, and the teacher's, in one flat dataclass."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from speckd.config import MethodConfig, Options
+from speckd.errors import ConfigError
+
+
+@dataclass
+class SpecKDConfig(MethodConfig, SFTConfig):
+    """`SFTConfig` with the method and the teacher. What is unset behaves as in TRL, but for what is listed here.
+
+    bfloat16 is used where a GPU offers it and nobody said otherwise (TRL: always); non-finite losses are never hidden from the
+    log; reports go nowhere unless asked for.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  (Transformers' own convention: parsed from JSON on the command line)
+        *SFTConfig._VALID_DICT_FIELDS,
+        "teacher_model_init_kwargs",
+        "gate_options",
+        "rejected_options",
+        "divergence_options",
+    ]
+
+    output_dir: str | None = field(default=None, metadata={"help": "where the student, its card and its log are written"})
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "path or hub id of the teacher"})
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the teacher"})
+    teacher_model_init_kwargs: Options | None = field(
+        default=None,
+        metadata={"help": "passed to the teacher's from_pretrained, a mapping or JSON; dtype defaults to the student's"},
+    )
+    scrambled_teacher_fraction: float = field(
+        default=0.0, metadata={"help": "stress test: share of positions where the teacher is made wrong on purpose"}
+    )
+    loss_chunk_size: int | None = field(
+        default=None, metadata={"help": "tokens whose logits are held at once; changes no result"}
+    )
+    gate_seed: int | None = field(default=None, metadata={"help": "seed of the gate's draws; by default, seed"})
+    starvation_threshold: float = field(default=0.1, metadata={"help": "warn when the acceptance rate stays below this"})
+    starvation_patience: int = field(default=50, metadata={"help": "for so many steps in a row"})
+    # Other defaults than TRL's.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "kept off: it would hide non-finite losses"})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "the loss uses every parameter; set it for a model with experts that may stay unused"}
+    )
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "none, tensorboard, trackio, wandb, ..."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = bool(
+                not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
+        super().__post_init__()
+        self._refuse_contradictions()
+        self.objective()  # an unknown name or option is an error now, not after the models are loaded
+
+    def _refuse_contradictions(self) -> None:
+        if self.use_liger_kernel:
+            raise ConfigError("use_liger_kernel: it replaces the loss that speckd computes", "Remove it")
+        if self.loss_type != "nll" or self.label_smoothing_factor:
+            raise ConfigError(
+                "loss_type and label_smoothing_factor belong to SFT's loss, which is not used here",
+                "Remove them; label_loss_weight mixes cross-entropy in",
+            )
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ConfigError(
+                "packing_strategy: 'wrapped' joins documents that then see each other", "Use 'bfd' or 'bfd_split'"
+            )
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ConfigError(
+                f"loss_chunk_size is {self.loss_chunk_size}", "Give a number of tokens of at least 1, or leave it out"
+            )
+        if not 0 <= self.scrambled_teacher_fraction <= 1:
+            raise ConfigError(
+                f"scrambled_teacher_fraction is {self.scrambled_teacher_fraction}", "Give a share between 0 and 1"
+            )
+        if isinstance(self.teacher_model_init_kwargs, str):
+            self.teacher_model_init_kwargs = _json("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
+
+    @property
+    def effective_gate_seed(self) -> int:
+        return self.seed if self.gate_seed is None else self.gate_seed
+
+
+def _json(key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{key} is not JSON: {error}", f'Write for example --{key} \'{{"dtype": "bfloat16"}}\'') from None

@@ -1,0 +1,347 @@
+"""`SpecKDTrainer`: TRL's `SFTTrainer` with the objective as its loss. Data, loop, checkpoints and logging are TRL's.
+
+Every loss is a sum over supervised tokens, divided once by the count of the whole optimizer step: all micro-batches of the
+gradient accumulation, on all processes.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+from trl import SFTTrainer
+
+from speckd.arguments import SpecKDConfig
+from speckd.collation import (
+    SAMPLE,
+    DroppedRows,
+    SampleCollator,
+    as_token_batch,
+    number_rows,
+    require_isolation,
+    require_supervision,
+    spread_sample_ids,
+)
+from speckd.compatibility import SharedVocabulary, shared_vocabulary
+from speckd.engine import LossOutput, distillation_loss
+from speckd.errors import CapabilityError, ConfigError, DataError, NonFiniteError
+from speckd.evaluate import HeldOutSums, measure
+from speckd.head import LMHead, check_head
+from speckd.metrics import AcceptanceTally, StarvationWatch
+from speckd.objective import Objective
+from speckd.teachers import HiddenTeacher, ScrambledTeacher
+from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
+from speckd.trl_internals import call_through, is_sharded_by_deepspeed_or_fsdp
+from speckd.types import TeacherRows
+
+logger = logging.getLogger(__name__)
+
+#: What belongs to the loss and not to a model's forward.
+_NOT_FOR_THE_MODEL = {"labels", SAMPLE}
+
+
+def load_teacher(name: str, args: SpecKDConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The teacher by path or hub id, in the student's dtype unless `teacher_model_init_kwargs` says otherwise."""
+    settings = {"dtype": dtype, **(args.teacher_model_init_kwargs or {})}  # type: ignore[dict-item]
+    return AutoModelForCausalLM.from_pretrained(name, revision=args.teacher_model_revision or "main", **settings)
+
+
+class SpecKDTrainer(SFTTrainer):
+    """Distils a teacher into a student, token by token where the gate accepts.
+
+    Args:
+        model: the student, a model or a path or hub id.
+        teacher_model: the teacher, likewise; may be None where the objective needs none (SFT), and then serves evaluation only.
+        args: `SpecKDConfig`.
+        train_dataset, eval_dataset: in TRL's shapes (prompt and completion, messages, text) or tokenised.
+        processing_class: the student's tokenizer.
+        teacher_processing_class: the teacher's; by default, the one saved with it.
+        peft_config, callbacks, optimizers, quantization_config: as of `SFTTrainer`.
+        objective: by default, what `args` describes.
+
+    Raises:
+        SpeckdError: models, data or settings that do not fit together, before the first step.
+    """
+
+    _tag_names = ["trl", "speckd", "distillation"]  # noqa: RUF012  (TRL's own convention)
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: SpecKDConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        teacher_processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        objective: Objective | None = None,
+    ) -> None:
+        if args is None:
+            raise ConfigError("SpecKDTrainer was given no args", "Pass args=SpecKDConfig(output_dir=...)")
+        self.objective = objective or args.objective()
+        if teacher_model is None and self.objective.needs_teacher:
+            raise ConfigError("no teacher is given", "Set teacher_model_name_or_path, or label_loss_weight: 1 for SFT")
+        self.dropped_rows: dict[str, DroppedRows] = {}
+        args.eval_packing = False  # held-out rows are measured one by one
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's count: nobody divides it again
+        self.data_collator = SampleCollator(
+            pad_token_id=self.processing_class.pad_token_id,
+            padding_free=self.padding_free,
+            pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
+        )
+        if is_sharded_by_deepspeed_or_fsdp(self):
+            raise CapabilityError("DeepSpeed and FSDP shard the head, which is not supported yet", "Use DDP (torchrun)")
+        self._set_up_teacher(teacher_model, teacher_processing_class)
+        self._check_models()
+        self._tally, self._watch = AcceptanceTally(), StarvationWatch(args.starvation_threshold, args.starvation_patience)
+        self._logged_step = 0
+        self._step_sums = torch.zeros(2, dtype=torch.float64)  # of one optimizer step: loss, weight
+        self._step_losses: list[float] = []  # since the last log
+        self._run_loss = [0.0, 0]  # over the whole run: sum of the steps' losses, steps
+        self._valid = 0.0
+
+    # ---- set-up --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _student(self) -> Any:
+        """The causal language model itself, inside PEFT and distributed wrappers."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+    def _set_up_teacher(self, teacher: str | PreTrainedModel | None, tokenizer: Any) -> None:
+        width = self._student.get_output_embeddings().weight.shape[0]
+        self.teacher, self.vocabulary = None, SharedVocabulary(width)
+        if teacher is None:
+            return
+        if isinstance(teacher, str):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(teacher, revision=self.args.teacher_model_revision or "main")
+            teacher = load_teacher(teacher, self.args, self._student.dtype)
+        if "device_map" not in (self.args.teacher_model_init_kwargs or {}) and not getattr(teacher, "hf_device_map", None):
+            teacher = teacher.to(self.accelerator.device)
+        self.teacher = teacher.eval().requires_grad_(False)
+        theirs = teacher.get_output_embeddings().weight.shape[0]
+        self.vocabulary = (
+            shared_vocabulary(self.processing_class, tokenizer, width, theirs)
+            if tokenizer is not None
+            else SharedVocabulary(min(width, theirs))
+        )
+
+    def _check_models(self) -> None:
+        for model, name in ((self._student, "student"), (self.teacher, "teacher")):
+            if model is not None:
+                check_head(model, name)
+                if self.padding_free:
+                    require_isolation(model, name)
+
+    def _prepare_dataset(  # the parent's signature
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Dataset:
+        if isinstance(dataset, IterableDataset):
+            raise DataError(f"the {dataset_name} data is a stream", "Load it without streaming: rows are counted and numbered")
+        total = len(dataset)
+        prepared = super()._prepare_dataset(number_rows(dataset), processing_class, args, False, formatting_func, dataset_name)
+        self.dropped_rows[dataset_name] = require_supervision(prepared, total, dataset_name, args.max_length)
+        return spread_sample_ids(prepared, packing, args.max_length, args.packing_strategy)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if SAMPLE not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, SAMPLE]
+
+    # ---- loss ----------------------------------------------------------------------------------------------------------
+
+    def _rows(self, inputs: dict[str, Any]) -> SupervisedRows:
+        batch = as_token_batch(inputs, self.vocabulary.labels(inputs["labels"]))
+        epoch = math.floor((self.state.epoch or 0) + 1e-6)
+        return supervised_rows(batch, self.args.effective_gate_seed, epoch)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The step's micro-batches, and how many supervised tokens they hold on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(len(self._rows(batch)) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(count, "sum")
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One micro-batch's share of the step's loss: its sum over the count of the whole step."""
+        rows = self._rows(inputs)
+        output = self._objective_output(model, inputs, rows)
+        self._tally.add(output)
+        count = len(rows) if num_items_in_batch is None else num_items_in_batch
+        self._valid = float(count)
+        self._step_sums += torch.stack([output.sum.detach(), output.count]).double().cpu()
+        # DDP averages gradients over processes; the count is already everyone's.
+        return output.sum / max(self._valid, 1.0) * self.accelerator.num_processes
+
+    def _objective_output(self, model: Any, inputs: dict[str, Any], rows: SupervisedRows) -> LossOutput:
+        """The loss of a batch, computed inside the wrapped student's forward."""
+        teacher = self._teacher_rows(inputs) if self.objective.needs_teacher else None
+        student, seen = self._student, {}
+
+        def loss(**own: Any) -> dict[str, Tensor]:
+            hidden = student.get_decoder()(**own, use_cache=False).last_hidden_state
+            head = self.vocabulary.restrict(LMHead.from_model(student))
+            seen["output"] = distillation_loss(
+                self.objective, hidden.flatten(0, 1), head, teacher, rows, self.args.loss_chunk_size
+            )
+            return {"loss": seen["output"].sum}
+
+        with self.accelerator.autocast():
+            call_through(model, student, loss, _model_inputs(inputs))
+        return seen["output"]
+
+    @torch.no_grad()
+    def _teacher_rows(self, inputs: dict[str, Any], reliable: bool = False) -> TeacherRows | None:
+        """The teacher's answers for a batch; scrambled in training where the stress test asks for it."""
+        if self.teacher is None:
+            return None
+        if self.teacher.training:
+            self.teacher.eval()
+        hidden = self.teacher.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state
+        head = self.vocabulary.restrict(LMHead.from_model(self.teacher))
+        answers = HiddenTeacher(hidden.flatten(0, 1).to(inputs["input_ids"].device), head)
+        if reliable or not self.args.scrambled_teacher_fraction:
+            return answers
+        batch: TokenBatch = as_token_batch(inputs, inputs["labels"])
+        return ScrambledTeacher(
+            answers,
+            self.args.scrambled_teacher_fraction,
+            batch.sample_ids.flatten(),
+            batch.position_ids.flatten(),
+            self.args.seed,
+        )
+
+    # ---- one division by the whole step's count ------------------------------------------------------------------------
+
+    def _finish_step(self, model: Any) -> None:
+        """With normalizer "weight" the count is known only after the last micro-batch: gradients are rescaled to it here."""
+        total, weight = self.accelerator.reduce(self._step_sums.to(self.accelerator.device), "sum").tolist()
+        self._step_sums.zero_()
+        count = weight if self.objective.normalizer == "weight" else self._valid
+        self._step_losses.append(total / count if count else 0.0)
+        self._run_loss = [self._run_loss[0] + self._step_losses[-1], self._run_loss[1] + 1]
+        if self.objective.normalizer == "weight" and weight and weight != self._valid:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._valid / weight)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._finish_step(model)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # clipping is off
+            self._finish_step(model)
+        found = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if found is not None and not math.isfinite(found) and not self.args.fp16:  # float16 scaling skips such steps by itself
+            raise NonFiniteError(
+                f"the gradient's norm is {found} at step {self.state.global_step + 1}; the student was not changed by it",
+                "Lower the learning rate, or train in float32 or bfloat16",
+            )
+        return found
+
+    # ---- what is said --------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._window_metrics()
+        if "train_loss" in logs and self._run_loss[1]:
+            logs["train_loss"] = self._run_loss[0] / self._run_loss[1]
+        super().log(logs, start_time)
+
+    def _window_metrics(self) -> dict[str, float]:
+        """Means over the steps since the last log, on all processes."""
+        losses, self._step_losses = self._step_losses, []
+        tally, self._tally = self._tally, AcceptanceTally()
+        sums = self.accelerator.reduce(tally.sums.to(self.accelerator.device), "sum").cpu()
+        found = AcceptanceTally()
+        found.merge(sums)
+        metrics = {"loss": sum(losses) / len(losses)} if losses else {}
+        metrics |= found.result()
+        if "tar" in metrics and self.is_world_process_zero():
+            warning = self._watch.update(metrics["tar"], self.state.global_step - self._logged_step)
+            if warning:
+                logger.warning("%s", warning)
+        self._logged_step = self.state.global_step
+        return metrics
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out measures (`speckd.evaluate`) and the objective's own loss, each row counted once over all processes."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            found: dict[str, float] = {}
+            for name, own in dataset.items():
+                found |= self.evaluate(own, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        if dataset is None:
+            raise DataError("there is no held-out data to evaluate on", "Give eval_dataset")
+        if SAMPLE not in dataset.column_names:
+            dataset = self._prepare_dataset(dataset, self.processing_class, self.args, False, None, metric_key_prefix)
+        sums, loss = self._held_out(dataset)
+        metrics = {"loss": float(loss[0] / loss[1])} if loss[1] else {}
+        metrics |= sums.result(with_teacher=self.teacher is not None)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _held_out(self, dataset: Dataset) -> tuple[HeldOutSums, Tensor]:
+        """Every process measures its own rows; all make the same number of forward calls."""
+        training, world, size = self.model.training, self.accelerator.num_processes, self.args.per_device_eval_batch_size
+        self.model.eval()
+        own = list(range(self.accelerator.process_index, len(dataset), world))
+        batches = [own[i : i + size] for i in range(0, len(own), size)]
+        steps = math.ceil(len(dataset) / (size * world))
+        self.callback_handler.eval_dataloader = range(steps)
+        sums, loss = HeldOutSums(), torch.zeros(2, dtype=torch.float64)
+        for step in range(steps):
+            chosen = batches[step] if step < len(batches) else [0]
+            inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in chosen]))
+            if step >= len(batches):
+                inputs["labels"] = torch.full_like(inputs["labels"], -100)  # only to keep in step with the others
+            loss += self._measure_batch(sums, inputs)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.model.train(training)
+        gathered = self.accelerator.reduce(torch.cat([sums.tensor(), loss]).to(self.accelerator.device), "sum").cpu()
+        return HeldOutSums.of(gathered[:-2]), gathered[-2:]
+
+    def _measure_batch(self, sums: HeldOutSums, inputs: dict[str, Any]) -> Tensor:
+        rows = self._rows(inputs)
+        teacher = self._teacher_rows(inputs, reliable=True)
+        with self.accelerator.autocast():
+            student = self._student
+            hidden = student.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state.flatten(0, 1)
+            head = self.vocabulary.restrict(LMHead.from_model(student))
+            measure(sums, hidden, head, teacher, rows)
+            needed = teacher if self.objective.needs_teacher else None
+            output = distillation_loss(self.objective, hidden, head, needed, rows, self.args.loss_chunk_size)
+        return torch.stack([output.sum, output.count]).double().cpu()
+
+
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}

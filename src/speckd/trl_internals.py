@@ -1,0 +1,39 @@
+"""The one place that touches what TRL and Transformers do not promise to keep. Pinned: trl>=1.16,<2, transformers 5.17-5.23."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+__all__ = ["DataCollatorForLanguageModeling", "call_through", "is_sharded_by_deepspeed_or_fsdp"]
+
+
+def call_through(wrapper: torch.nn.Module, inner: torch.nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """Runs `function(**inputs)` where `inner.forward` would run, so that the wrapper's hooks (DDP, FSDP, PEFT) fire around it.
+
+    A loss that read the weights outside the wrapped forward would leave gradients unsynchronised or meet sharded parameters.
+    """
+    if wrapper is inner:
+        return function(**inputs)
+    had = inner.__dict__.get("forward")
+
+    def restore() -> None:
+        if had is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.forward = had
+
+    def once(*_: Any, **kwargs: Any) -> Any:
+        restore()  # the function itself may call the real forward
+        return function(**{name: kwargs[name] for name in inputs})
+
+    inner.forward = once
+    try:
+        return wrapper(**inputs)
+    finally:
+        restore()
+
+
+def is_sharded_by_deepspeed_or_fsdp(trainer: Any) -> bool:
+    return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
