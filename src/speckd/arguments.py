@@ -48,10 +48,10 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "the loss uses every parameter; set it for a model with experts that may stay unused"}
     )
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "none, tensorboard, trackio, wandb, ..."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "none, tensorboard, trackio, wandb, ..."})
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
+        if self.bf16 is None:  # type: ignore[has-type]
             self.bf16 = bool(
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             )

@@ -99,5 +99,5 @@ def require_isolation(model: Any, name: str) -> None:
         raise CapabilityError(
             f"packing: documents packed into one row see each other in the {name} ({type(model).__name__}, "
             f"attention {model.config._attn_implementation})",
-            "Turn packing and padding_free off, or use an attention implementation that separates them (sdpa, flash_attention_2)",
+            "Turn packing and padding_free off, or use attention that separates them (sdpa, flash_attention_2)",
         )

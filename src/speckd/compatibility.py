@@ -69,13 +69,8 @@ def shared_vocabulary(student: Tokenizer, teacher: Tokenizer, student_width: int
     Raises:
         VocabularyError: a token has two ids, an id has two tokens, or the same text is cut differently.
     """
+    require_same_tokens(student, teacher)
     own, other = student.get_vocab(), teacher.get_vocab()
-    _refuse_conflicts(own, other)
-    if student.encode(_PROBE, add_special_tokens=False) != teacher.encode(_PROBE, add_special_tokens=False):
-        raise VocabularyError(
-            "student and teacher share token ids but cut the same text differently (other merges or normalisation)",
-            "Use models of one family, with one tokenizer",
-        )
     shared = sorted(i for token, i in own.items() if token in other and i < min(student_width, teacher_width))
     size = len(shared)
     prefix = shared[-1] == size - 1
@@ -88,6 +83,16 @@ def shared_vocabulary(student: Tokenizer, teacher: Tokenizer, student_width: int
             "" if prefix else " (not a prefix: the heads are copied)",
         )
     return SharedVocabulary(size, None if prefix else torch.tensor(shared))
+
+
+def require_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
+    """Refuses tokenizers that give one token two ids, one id two tokens, or cut the same text differently."""
+    _refuse_conflicts(student.get_vocab(), teacher.get_vocab())
+    if student.encode(_PROBE, add_special_tokens=False) != teacher.encode(_PROBE, add_special_tokens=False):
+        raise VocabularyError(
+            "student and teacher share token ids but cut the same text differently (other merges or normalisation)",
+            "Use models of one family, with one tokenizer",
+        )
 
 
 def _refuse_conflicts(own: Mapping[str, int], other: Mapping[str, int]) -> None:

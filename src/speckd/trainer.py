@@ -67,6 +67,9 @@ class SpecKDTrainer(SFTTrainer):
         SpeckdError: models, data or settings that do not fit together, before the first step.
     """
 
+    data_collator: Any
+    control: Any
+    _signature_columns: Any
     _tag_names = ["trl", "speckd", "distillation"]  # noqa: RUF012  (TRL's own convention)
 
     def __init__(
@@ -135,6 +138,7 @@ class SpecKDTrainer(SFTTrainer):
         if isinstance(teacher, str):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(teacher, revision=self.args.teacher_model_revision or "main")
             teacher = load_teacher(teacher, self.args, self._student.dtype)
+        assert not isinstance(teacher, str)
         if "device_map" not in (self.args.teacher_model_init_kwargs or {}) and not getattr(teacher, "hf_device_map", None):
             teacher = teacher.to(self.accelerator.device)
         self.teacher = teacher.eval().requires_grad_(False)

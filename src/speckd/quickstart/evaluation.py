@@ -1,6 +1,5 @@
 """The quickstart's measures, all on held-out tasks under one fixed rule."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,24 +15,16 @@ MAX_NEW_TOKENS = 64
 
 @torch.no_grad()
 def generate_greedy(model: Any, encoded: Sequence[Encoded], end: int, pad: int) -> list[list[int]]:
-    """Greedy completions (without the end token), in the order given. Prompts are batched by length, so none is padded."""
-    answers: dict[int, list[int]] = {}
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for i, e in enumerate(encoded):
-        by_length[e.prompt_length].append(i)
-    for length, members in by_length.items():
-        ids = torch.tensor([encoded[i].ids[:length] for i in members])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=pad,
-        )[:, length:].tolist()
-        for i, tokens in zip(members, out, strict=True):
-            answers[i] = tokens[: tokens.index(end)] if end in tokens else tokens
-    return [answers[i] for i in range(len(encoded))]
+    """Greedy completions without the end token, all prompts in one batch, padded on the left."""
+    length = max(e.prompt_length for e in encoded)
+    ids, mask = torch.full((len(encoded), length), pad), torch.zeros((len(encoded), length), dtype=torch.long)
+    for row, e in enumerate(encoded):
+        ids[row, length - e.prompt_length :] = torch.tensor(e.ids[: e.prompt_length])
+        mask[row, length - e.prompt_length :] = 1
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=pad
+    )[:, length:]
+    return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in out.tolist()]
 
 
 def accuracy(examples: Sequence[Example], completions: Sequence[str]) -> dict[str, float]:

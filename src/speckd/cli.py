@@ -1,0 +1,124 @@
+"""The command line. Nothing heavy is imported before a command needs it; a user's mistake is one line and exit code 2."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from speckd.errors import SpeckdError
+
+app = typer.Typer(
+    name="speckd",
+    help="Distil a language model where the teacher's word can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"speckd {version('speckd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Distil a language model where the teacher's word can be trusted."""
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Every setting is a key of the file and a flag: --learning_rate 1e-4. 'speckd options' lists them all.",
+)
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="A flat YAML file of settings, in TRL's names.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped method: 'speckd recipes' lists them.")] = None,
+) -> None:
+    """Distil a teacher into a student: --config run.yaml, and any setting as a flag."""
+    _say_to_people()
+    from speckd.run import train as run
+
+    run(config, recipe, context.args)
+
+
+@app.command()
+def quickstart(
+    output_dir: Annotated[Path, typer.Option("--output-dir", "--output_dir", help="A new folder for the results.")] = Path(
+        "quickstart-results"
+    ),
+    seeds: Annotated[int, typer.Option(help="How many seeds each method is run with.")] = 3,
+    steps: Annotated[int, typer.Option(help="Training steps of each method, after the common start.")] = 300,
+) -> None:
+    """Every method side by side on small tasks, within five minutes on two cores."""
+    _say_to_people()
+    from speckd.quickstart.compare import run
+
+    run(output_dir, seeds, steps)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped methods."""
+    from speckd.settings import DEFAULT_RECIPE, recipe_names, recipe_text
+
+    for name in recipe_names():
+        mark = " (default)" if name == DEFAULT_RECIPE else ""
+        typer.echo(f"{name}{mark}: {recipe_text(name).splitlines()[0].removeprefix('# ')}")
+
+
+@app.command()
+def options(text: Annotated[str, typer.Argument(help="Show only settings that contain this.")] = "") -> None:
+    """List every setting of a training run."""
+    from speckd.settings import all_keys
+
+    for key, description in sorted(all_keys().items()):
+        if text in key:
+            typer.echo(f"{key}: {' '.join(description.split())}")
+
+
+def _say_to_people() -> None:
+    """Our own lines as they are; libraries speak up only for warnings that a user can act upon."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    own = logging.getLogger("speckd")
+    own.handlers, own.propagate = [handler], False
+    own.setLevel(logging.INFO)
+
+
+#: typer names its usage error only through its child.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 1 (our mistake), 2 (the user's), 130 (interrupted)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    command = typer.main.get_command(app)
+    try:
+        return int(command.main(args=words, prog_name="speckd", standalone_mode=False) or 0)
+    except SpeckdError as error:
+        if "--debug" in words:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except _USAGE_ERROR as error:
+        print(f"error: {error.format_message()}. See speckd --help", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; go on with --resume_from_checkpoint true", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Data from a file, a folder or the hub, in TRL's shapes, checked row by row before anything heavy is loaded."""
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from speckd.errors import DataError
+from speckd.settings import RunArguments
+
+SHAPES = "prompt and completion; messages; text"
+_KEPT = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "input_ids", "labels", "completion_mask")
+_SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev", "eval", "test")}
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def load_data(run: RunArguments, text_field: str) -> tuple[Dataset, Dataset | None]:
+    """Training data and, where there is some, held-out data.
+
+    Raises:
+        DataError: naming the file and the row.
+    """
+    if run.dataset_name is None:
+        raise DataError(
+            "dataset_name is not set: there is nothing to train on", "Give a JSONL or Parquet file, a folder or a hub id"
+        )
+    folder = Path(run.dataset_name)
+    train = _one(run.dataset_name, "train", run)
+    held_out = None
+    if run.eval_dataset is not None:
+        held_out = _one(run.eval_dataset, "validation", run)
+    elif folder.is_dir():
+        held_out = _from_folder(folder, "validation", required=False)
+    elif not folder.exists() and run.dataset_test_split:
+        held_out = _from_hub(run.dataset_name, run.dataset_config, run.dataset_test_split)
+    train = _checked(train, run.dataset_name, run, text_field)
+    if held_out is not None:
+        held_out = _checked(held_out, run.eval_dataset or f"{run.dataset_name} (held out)", run, text_field)
+        held_out = held_out.select(range(min(len(held_out), run.eval_rows or len(held_out))))
+    return train, held_out
+
+
+def _one(name: str, split: str, run: RunArguments) -> Dataset:
+    path = Path(name)
+    if path.is_dir():
+        found = _from_folder(path, split, required=True)
+        assert found is not None
+        return found
+    if path.is_file():
+        return _from_file(path)
+    if (
+        path.suffix in _SUFFIXES
+        or name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or (path.parent.is_dir() and "/" in name)
+    ):
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = get_close_matches(path.name, siblings, n=1)
+        raise DataError(
+            f"{name}: there is no such file or folder", f"Did you mean {path.parent / close[0]}?" if close else "Check the path"
+        )
+    return _from_hub(name, run.dataset_config, run.dataset_train_split)
+
+
+def _from_folder(folder: Path, split: str, required: bool) -> Dataset | None:
+    for stem in _SPLIT_FILES[split]:
+        for suffix in _SUFFIXES:
+            if (folder / f"{stem}{suffix}").is_file():
+                return _from_file(folder / f"{stem}{suffix}")
+    if not required:
+        return None
+    raise DataError(
+        f"{folder}: no {' or '.join(_SPLIT_FILES[split])} file in it", f"Name one so, with {' or '.join(_SUFFIXES)}"
+    )
+
+
+def _from_file(path: Path) -> Dataset:
+    if path.suffix not in _SUFFIXES:
+        raise DataError(f"{path}: files that end in '{path.suffix}' are not read", f"Use {', '.join(_SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty", "Give at least one row")
+    try:
+        if path.suffix == ".parquet":
+            return Dataset.from_parquet(str(path))
+        if path.suffix == ".jsonl":
+            _require_json_lines(path)
+        return Dataset.from_json(str(path))
+    except DataError:
+        raise
+    except Exception as error:  # the reader's errors are many and undocumented
+        raise DataError(
+            f"{path}: cannot be read ({_innermost(error)})", "Check that every row has the same fields and types"
+        ) from None
+
+
+def _require_json_lines(path: Path) -> None:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{path}:{number}: not JSON ({error})", "Write one JSON object a line") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: not a JSON object", 'Write {"prompt": ..., "completion": ...}')
+
+
+def _from_hub(name: str, config: str | None, split: str) -> Dataset:
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as error:  # network, missing, gated, wrong split: the hub's own words say which
+        raise DataError(
+            f"dataset_name: '{name}' is neither a file here nor to be had from the hub ({_innermost(error)})",
+            "Check the name, dataset_config and dataset_train_split, or give a local file",
+        ) from None
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _checked(data: Dataset, name: str, run: RunArguments, text_field: str) -> Dataset:
+    """The known columns, renamed as asked, every row of the type that its shape needs."""
+    if not len(data):
+        raise DataError(f"{name}: no rows", "Give at least one")
+    for wanted, given in (("prompt", run.dataset_prompt_column), ("completion", run.dataset_completion_column)):
+        if given is not None and given != wanted:
+            if given not in data.column_names:
+                raise DataError(
+                    f"{name}: there is no column '{given}' (dataset_{wanted}_column)",
+                    f"There is: {', '.join(data.column_names)}",
+                )
+            data = data.remove_columns(wanted) if wanted in data.column_names else data
+            data = data.rename_column(given, wanted)
+    columns = set(data.column_names)
+    if {"prompt", "completion"} <= columns:
+        _require_types(data, name, ("prompt", "completion"))
+        used = {"prompt", "completion"}
+    elif "messages" in columns:
+        _require_messages(data, name)
+        used = {"messages"}
+    elif text_field in columns:
+        _require_types(data, name, (text_field,))
+        used = {text_field}
+    elif "input_ids" in columns:
+        used = {"input_ids"}
+    else:
+        raise DataError(
+            f"{name}: columns {', '.join(sorted(columns))} are in no known shape ({SHAPES})",
+            "Rename them, or name yours with dataset_prompt_column and dataset_completion_column (or dataset_text_field)",
+        )
+    extras = {"tools", "chat_template_kwargs", "labels", "completion_mask"}
+    return data.select_columns([c for c in data.column_names if c in used | extras])
+
+
+def _require_types(data: Dataset, name: str, columns: tuple[str, ...]) -> None:
+    kinds = (str, list) if columns != (columns[0],) else (str,)
+    for number, row in enumerate(data, 1):
+        for column in columns:
+            if not isinstance(row[column], kinds):
+                raise DataError(f"{name}: row {number}: {column} is {_brief(row[column])}", "Give text in every row")
+        if len({type(row[column]) for column in columns}) > 1:
+            raise DataError(
+                f"{name}: row {number}: prompt and completion are not both text or both messages", "Give both alike"
+            )
+
+
+def _require_messages(data: Dataset, name: str) -> None:
+    for number, row in enumerate(data, 1):
+        messages = row["messages"]
+        good = isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages)
+        if not good:
+            raise DataError(
+                f"{name}: row {number}: messages is {_brief(messages)}", 'Give a list of {"role": ..., "content": ...}'
+            )
+
+
+def _brief(value: Any) -> str:
+    return "missing" if value is None else repr(value)[:60]

@@ -1,0 +1,117 @@
+"""The README.md of a distilled student: what it is, how it was made, how it measures. Everything needed to make it again."""
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+import trl
+import yaml
+
+import speckd
+
+_MEASURES = {
+    "nll": "NLL, nats a token",
+    "kl": "KL(teacher ‖ student), nats a token",
+    "agreement": "agreement of the most probable token",
+    "alpha": "expected acceptance Σ min(p, q)",
+    "tar": "token acceptance rate (Top-5 rule, mean over sequences)",
+    "teacher_nll": "the teacher's own NLL",
+    "tokens": "held-out tokens",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of. `start`, `end`: held-out measures before and after; `data`: name to how much."""
+
+    student: str
+    teacher: str | None
+    method: str
+    given: dict[str, Any]
+    start: dict[str, float]
+    end: dict[str, float]
+    data: dict[str, Any]
+    seed: int
+    steps: int
+    adapter: bool
+
+
+def versions() -> dict[str, str]:
+    return {
+        "speckd": speckd.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def model_card(facts: CardFacts) -> str:
+    """Markdown with YAML front matter, for the hub and for people."""
+    front = {"library_name": "peft" if facts.adapter else "transformers", "tags": ["speckd", "distillation", "trl"]}
+    front["base_model"] = facts.student
+    settings = yaml.safe_dump(facts.given, sort_keys=True, allow_unicode=True)
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    taught = f"`{_code(facts.teacher)}`" if facts.teacher else "no teacher"
+    return f"""---
+{yaml.safe_dump(front, sort_keys=True)}---
+
+# A student distilled with speckd
+
+`{_code(facts.student)}` taught by {taught}: {facts.method}.
+{facts.steps} optimizer steps, seed {facts.seed}.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+## Held-out results
+
+{_results(facts)}
+
+## Data
+
+{_table(("what", "value"), [(name, value) for name, value in facts.data.items()])}
+
+## Settings
+
+`speckd train --config config.yaml` with:
+
+```yaml
+{settings.replace("```", "'''")}```
+
+{packages}
+"""
+
+
+def _results(facts: CardFacts) -> str:
+    if not facts.end:
+        return "No held-out data was given."
+    rows = [
+        (text, *(_number(measures.get(name)) for measures in (facts.start, facts.end)))
+        for name, text in _MEASURES.items()
+        if name in facts.end
+    ]
+    return _table(("measure", "before", "after"), rows)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _cell(value: Any) -> str:
+    """A user's string must not break out of its cell, nor become HTML."""
+    return str(value).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _code(value: Any) -> str:
+    return str(value).replace("`", "'").replace("\n", " ")

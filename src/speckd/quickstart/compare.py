@@ -1,0 +1,242 @@
+"""`speckd quickstart`: every method from the same starting students, with a clean and with an unreliable teacher."""
+
+import json
+import multiprocessing
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from speckd import LMHead, Objective, distillation_loss, supervised_rows
+from speckd.errors import ConfigError
+from speckd.evaluate import evaluate
+from speckd.gates import LabelRatio, NoGate, TopK
+from speckd.metrics import AcceptanceTally
+from speckd.policies import Label, Mask
+from speckd.quickstart import report
+from speckd.quickstart.data import Encoded, collate, encode
+from speckd.quickstart.evaluation import accuracy, block_efficiency, generate_greedy
+from speckd.quickstart.models import llama, load_teacher
+from speckd.tasks import stream
+from speckd.teachers import ScrambledTeacher
+from speckd.types import DenseSignal, TeacherRows
+
+LEVEL = 2
+TRAIN_EXAMPLES, TEST_EXAMPLES = 6000, 300
+BATCH_SIZE, START_STEPS, LEARNING_RATE = 32, 1500, 2e-3
+STUDENT = {"hidden": 48, "layers": 2, "heads": 4}
+UNRELIABLE = 0.25
+
+METHODS: dict[str, Objective] = {
+    "SFT": Objective(label_loss_weight=1.0),
+    "ungated": Objective(NoGate(), Mask()),
+    "Top-5, masked (paper)": Objective(TopK(5), Mask()),
+    "Top-5, label": Objective(TopK(5), Label()),
+    "label ratio, label": Objective(LabelRatio(), Label()),
+}
+TEACHERS = {"clean": 0.0, "25 % unreliable": UNRELIABLE}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run; the SFT start where `method` is None."""
+
+    seed: int
+    steps: int
+    method: str | None = None
+    teacher: str = "clean"
+
+    @property
+    def name(self) -> str:
+        label = f"{self.method}-{self.teacher}" if self.method else "start"
+        return "-".join("".join(c if c.isalnum() else " " for c in label).split()) + f"-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """The teacher's logits at every supervised token of the training data, computed once for all runs.
+
+    `logits`: [M, V]; `place`: [B·L], the row of each position of one batch (0 where nothing is supervised).
+    """
+
+    logits: Tensor
+    place: Tensor
+
+    def signal(self, index: Tensor) -> DenseSignal:
+        return DenseSignal(self.logits[self.place[index]])
+
+
+def run(output_dir: Path, seeds: int = 3, steps: int = 300) -> None:
+    """Trains, measures, prints the table, and writes it with curves and students into a new folder.
+
+    Raises:
+        ConfigError: the folder is not empty, or a number makes no sense.
+    """
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ConfigError(f"{output_dir} exists and is not an empty folder", "Choose another with --output-dir")
+    if seeds < 1 or steps < 1:
+        raise ConfigError(f"--seeds {seeds}, --steps {steps}", "Give at least 1 of each")
+    work = output_dir.with_name(output_dir.name + ".unfinished")  # renamed when complete, so a folder is never half a result
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    console = Console()
+    console.print(
+        f"A shipped teacher, students of a quarter of a megabyte, {len(METHODS)} methods, {seeds} seeds, {steps} steps each."
+    )
+    _store_teacher(work)
+    starts = [Job(seed, START_STEPS) for seed in range(seeds)]
+    jobs = [Job(s, steps, m, t) for s in range(seeds) for t in TEACHERS for m in METHODS if not (m == "SFT" and t != "clean")]
+    results: list[dict[str, Any]] = []
+    with Progress(console=console) as progress, multiprocessing.get_context("spawn").Pool(2, _one_thread) as pool:
+        bar = progress.add_task("training", total=START_STEPS * len(starts) + steps * len(jobs))
+        for group in (starts, jobs):
+            for found in pool.imap_unordered(_work, [(job, work) for job in group]):
+                results.append(found)
+                progress.advance(bar, found["job"]["steps"])
+    results.sort(
+        key=lambda found: (found["job"]["seed"], found["job"]["teacher"], list(METHODS).index(found["job"]["method"] or "SFT"))
+    )
+    finish(work, output_dir, results, console)
+
+
+def finish(work: Path, output_dir: Path, results: list[dict[str, Any]], console: Console) -> None:
+    """Writes the reports, keeps the first seed's students, and gives the folder its name."""
+    (work / "teacher.safetensors").unlink()
+    for folder in work.glob("students/*"):
+        if not folder.name.endswith("seed0"):
+            shutil.rmtree(folder)
+    (work / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    runs = [found for found in results if found["job"]["method"]]
+    (work / "table.md").write_text(report.markdown(runs) + "\n\n" + report.sentence(runs) + "\n")
+    report.draw(runs, work / "curves.png")
+    if output_dir.exists():
+        output_dir.rmdir()
+    work.rename(output_dir)
+    console.print(report.rich_table(runs))
+    console.print(report.sentence(runs))
+    console.print(
+        f"Curves: {output_dir / 'curves.png'}; students: {output_dir / 'students'}; every number: {output_dir / 'results.json'}"
+    )
+    console.print("Your own models: speckd train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER "
+                  "--dataset_name DATA.jsonl --output_dir OUT")  # fmt: skip
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # two workers share two cores
+
+
+def _train_examples(tokenizer: Any) -> list[Encoded]:
+    return encode(list(islice(stream("train", LEVEL), TRAIN_EXAMPLES)), tokenizer)
+
+
+@torch.no_grad()
+def _store_teacher(work: Path) -> None:
+    """The clean teacher's logits at every supervised token, in the order of samples and positions."""
+    teacher, tokenizer = load_teacher()
+    encoded, pieces = _train_examples(tokenizer), []
+    for start in range(0, len(encoded), 200):
+        batch, mask = collate(encoded[start : start + 200], tokenizer.pad_token_id)
+        rows = supervised_rows(batch)
+        hidden = teacher.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state.flatten(0, 1)
+        pieces.append(LMHead.from_model(teacher)(hidden[rows.index]))
+    save_file({"logits": torch.cat(pieces)}, work / "teacher.safetensors")
+
+
+def _work(task: tuple[Job, Path]) -> dict[str, Any]:
+    """One job in a worker: train, measure, keep the student."""
+    job, work = task
+    teacher, tokenizer = load_teacher()
+    encoded = _train_examples(tokenizer)
+    if job.method is None:
+        student = llama(len(tokenizer), seed=job.seed, **STUDENT)
+    else:
+        student = type(teacher).from_pretrained(work / "students" / Job(job.seed, 0).name)
+    logits = load_file(work / "teacher.safetensors")["logits"]
+    curve = _train(student, job, encoded, logits, tokenizer.pad_token_id)
+    student.save_pretrained(work / "students" / job.name)
+    tokenizer.save_pretrained(work / "students" / job.name)
+    measures = _measure(student, teacher, tokenizer) if job.method else {}
+    return {"job": asdict(job), "measures": measures, "curve": curve}
+
+
+def _batches(encoded: Sequence[Encoded], seed: int, steps: int) -> Iterator[list[int]]:
+    """The same samples in the same order for every method of one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        if len(order) < BATCH_SIZE:
+            order += torch.randperm(len(encoded), generator=generator).tolist()
+        chosen, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+        yield chosen
+
+
+def _train(student: Any, job: Job, encoded: list[Encoded], logits: Tensor, pad: int) -> list[dict[str, float]]:
+    """A plain loop: batch, hidden states, objective, step. Returns loss and acceptance rate of every tenth step."""
+    objective = METHODS[job.method or "SFT"]
+    first = torch.tensor([0] + [len(e.ids) - e.prompt_length for e in encoded]).cumsum(0)  # where a sample's logits begin
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, job.steps + 1, pct_start=0.1)
+    curve, tally, losses = [], AcceptanceTally(), []
+    for step, chosen in enumerate(_batches(encoded, job.seed + (1000 if job.method else 0), job.steps), 1):
+        batch, mask = collate([encoded[i] for i in chosen], pad)
+        rows = supervised_rows(batch, seed=job.seed)
+        place = torch.zeros(batch.input_ids.numel(), dtype=torch.long)
+        starts = torch.tensor([encoded[i].prompt_length for i in chosen])
+        own = rows.index // batch.input_ids.shape[1]
+        place[rows.index] = first[rows.keys.sample] + rows.keys.position - starts[own]
+        teacher: TeacherRows = StoredTeacher(logits, place)
+        if TEACHERS[job.teacher]:
+            teacher = ScrambledTeacher(teacher, UNRELIABLE, batch.sample_ids.flatten(), batch.position_ids.flatten(), job.seed)
+        hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+        output = distillation_loss(objective, hidden.flatten(0, 1), LMHead.from_model(student), teacher, rows)
+        (output.sum / output.count).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        tally.add(output)
+        losses.append(float(output.sum.detach() / output.count))
+        if step % 10 == 0 or step == job.steps:
+            curve.append({"step": step, "loss": statistics.mean(losses), **_rate(tally)})
+            tally, losses = AcceptanceTally(), []
+    return curve
+
+
+def _rate(tally: AcceptanceTally) -> dict[str, float]:
+    found = tally.result()
+    return {"tar": found["tar"]} if "tar" in found else {}
+
+
+def _measure(student: Any, teacher: Any, tokenizer: Any) -> dict[str, float]:
+    """Held-out measures against the clean teacher, by one rule for all methods."""
+    student.eval()
+    examples = list(islice(stream("test", LEVEL), TEST_EXAMPLES))
+    encoded = encode(examples, tokenizer)
+    found = evaluate(student, teacher, None, [collate(encoded, tokenizer.pad_token_id)])
+    answers = generate_greedy(student, encoded, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    found |= accuracy(examples, tokenizer.batch_decode(answers))
+    return found | {"tau": block_efficiency(_matches(student, teacher, encoded, tokenizer))}
+
+
+@torch.no_grad()
+def _matches(student: Any, teacher: Any, encoded: list[Encoded], tokenizer: Any) -> list[Tensor]:
+    """For each prompt, where the student's greedy token is the teacher's, along the teacher's greedy completion."""
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    texts = generate_greedy(teacher, encoded, end, pad)
+    written = [
+        Encoded([*e.ids[: e.prompt_length], *t, end], e.prompt_length, e.sample) for e, t in zip(encoded, texts, strict=True)
+    ]
+    batch, mask = collate(written, pad)
+    rows = supervised_rows(batch)
+    hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state.flatten(0, 1)
+    equal = LMHead.from_model(student)(hidden[rows.index]).argmax(-1) == rows.labels
+    return list(equal.split([len(e.ids) - e.prompt_length for e in written]))

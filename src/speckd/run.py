@@ -1,0 +1,265 @@
+"""`speckd train`: everything that can be wrong is looked for before a model is loaded; then load, measure, train, save."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from speckd.compatibility import require_same_tokens
+from speckd.config import nearest
+from speckd.data import load_data
+from speckd.errors import ConfigError, DataError
+from speckd.model_card import CardFacts, model_card
+from speckd.settings import DEFAULT_RECIPE, Settings, load_settings
+from speckd.trainer import SpecKDTrainer
+from speckd.training_log import TrainingLog
+
+logger = logging.getLogger(__name__)
+
+#: Settings that may differ when a run is resumed: they change what is said and kept, not what is learnt.
+_FREE_ON_RESUME = {
+    "resume_from_checkpoint", "allow_changed_config", "overwrite_output_dir", "output_dir", "report_to", "run_name",
+    "disable_tqdm", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "loss_chunk_size",
+    "per_device_eval_batch_size", "log_level", "recipe",
+}  # fmt: skip
+
+
+def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
+    """Runs one distillation; returns the student's folder.
+
+    Raises:
+        SpeckdError: for whatever the user can mend; no output folder has been made then, unless training had begun.
+    """
+    settings = load_settings(config, recipe, flags)
+    output = _output_folder(settings)
+    _check_models_exist(settings)
+    train_data, held_out = load_data(settings.run, settings.training.dataset_text_field)
+    tokenizer, teacher_tokenizer = _tokenizers(settings, train_data.column_names)
+    checkpoint = _checkpoint(settings, output)
+    _announce(settings, len(train_data), 0 if held_out is None else len(held_out))
+
+    trainer = SpecKDTrainer(
+        model=_student(settings.model),
+        teacher_model=settings.training.teacher_model_name_or_path,
+        args=settings.training,
+        train_dataset=train_data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+        peft_config=get_peft_config(settings.model),
+        callbacks=[TrainingLog(output / "training_log.jsonl")],
+    )
+    _describe(trainer)
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            (output / "training_log.jsonl").unlink(missing_ok=True)
+            (output / "results.json").unlink(missing_ok=True)
+        (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
+    start = _start(trainer, output, resumed=checkpoint is not None)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    end = _measured(trainer)
+    trainer.save_model(str(output))
+    if trainer.is_world_process_zero():
+        _publish(settings, trainer, output, start, end)
+    return output
+
+
+# ---- checks before anything is loaded --------------------------------------------------------------------------------------
+
+
+def _output_folder(settings: Settings) -> Path:
+    if settings.training.output_dir is None:
+        raise ConfigError("output_dir is not set", "Say where the student goes: --output_dir FOLDER")
+    output = Path(settings.training.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output_dir: {output} is a file", "Choose a folder")
+    free = settings.run.overwrite_output_dir or settings.training.resume_from_checkpoint
+    if output.exists() and any(output.iterdir()) and not free:
+        raise ConfigError(
+            f"output_dir: {output} exists and is not empty",
+            "Choose another, or --resume_from_checkpoint true, or --overwrite_output_dir true",
+        )
+    return output
+
+
+def _check_models_exist(settings: Settings) -> None:
+    student, teacher = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
+    if student is None:
+        raise ConfigError("model_name_or_path is not set: there is no student", "Give a path or hub id")
+    if teacher is None and settings.training.objective().needs_teacher:
+        raise ConfigError(
+            "teacher_model_name_or_path is not set: there is no teacher", "Give a path or hub id, or --recipe sft"
+        )
+    for key, name in (("model_name_or_path", student), ("teacher_model_name_or_path", teacher)):
+        if name is not None:
+            _require_model(key, name)
+    if teacher is None:
+        return
+    same_place = os.path.realpath(student) == os.path.realpath(teacher) if os.path.exists(student) else student == teacher
+    same_revision = settings.model.model_revision == (settings.training.teacher_model_revision or "main")
+    if same_place and same_revision and settings.training.objective().needs_teacher:
+        raise ConfigError(f"teacher_model_name_or_path: {teacher} is the student itself", "Give another model as teacher")
+
+
+def _require_model(key: str, name: str) -> None:
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise ConfigError(f"{key}: {name} holds no config.json", "Give a folder that save_pretrained wrote")
+        return
+    if path.is_file():
+        raise ConfigError(f"{key}: {name} is a file", "Give the folder that holds it")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.parent.is_dir() and path.parent != Path()):
+        known = [str(path.parent / p.name) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise ConfigError(f"{key}: there is no folder {name}", nearest(name, known) if known else "Check the path")
+    try:
+        AutoConfig.from_pretrained(name)
+    except Exception as error:  # offline, missing and gated all look different
+        reason = (str(error).strip().splitlines() or [""])[0][:160]
+        raise ConfigError(
+            f"{key}: '{name}' is neither a folder here nor to be had from the hub ({reason})", "Check it"
+        ) from None
+
+
+def _tokenizers(settings: Settings, columns: list[str]) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
+    student, teacher = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
+    assert student is not None
+    own = _tokenizer("model_name_or_path", student, settings.model.model_revision)
+    if own.pad_token is None:
+        own.pad_token = own.eos_token
+    if own.eos_token is None:
+        raise DataError("the student's tokenizer has no end token: a student could not learn to stop", "Set its eos_token")
+    if "messages" in columns and own.chat_template is None and settings.training.chat_template_path is None:
+        raise DataError(
+            "the data holds messages, but the student's tokenizer has no chat template",
+            "Give chat_template_path, or data in prompt and completion",
+        )
+    if teacher is None:
+        return own, None
+    theirs = _tokenizer("teacher_model_name_or_path", teacher, settings.training.teacher_model_revision or "main")
+    require_same_tokens(own, theirs)
+    return own, theirs
+
+
+def _tokenizer(key: str, name: str, revision: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # as above
+        reason = (str(error).strip().splitlines() or [""])[0][:160]
+        raise ConfigError(f"{key}: no tokenizer can be loaded from {name} ({reason})", "Save one beside the model") from None
+
+
+def _checkpoint(settings: Settings, output: Path) -> str | None:
+    """The checkpoint to go on from: the one named, or the last; refused where the settings have changed."""
+    wanted = settings.training.resume_from_checkpoint
+    if not wanted or str(wanted).lower() == "false":
+        return None
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    found = last if str(wanted).lower() == "true" else str(wanted)
+    if found is None:
+        logger.warning("There is no checkpoint in %s yet: starting from the beginning.", output)
+        return None
+    if not Path(found).is_dir():
+        raise ConfigError(
+            f"resume_from_checkpoint: there is no folder {found}", "Give a checkpoint folder, or true for the last"
+        )
+    saved = yaml.safe_load((output / "config.yaml").read_text()) if (output / "config.yaml").exists() else settings.given
+    for key in sorted((saved.keys() | settings.given.keys()) - _FREE_ON_RESUME):
+        was, now = saved.get(key), settings.given.get(key)
+        if str(was) != str(now) and not settings.run.allow_changed_config:
+            raise ConfigError(
+                f"resume: {key} was {was!r} and is {now!r} now", "Undo the change, or --allow_changed_config true"
+            )
+    return found
+
+
+# ---- what is said and saved ------------------------------------------------------------------------------------------------
+
+
+def describe_method(settings: Settings) -> str:
+    """The composition in one line."""
+    given = settings.training
+    if given.label_loss_weight == 1:
+        return "SFT: cross-entropy on the data, no distillation"
+    mixed = f" + {given.label_loss_weight:g} cross-entropy" if given.label_loss_weight else ""
+    return f"gate {given.gate} → rejected tokens {given.rejected} → {given.divergence}{mixed}, divided by {given.normalizer}"
+
+
+def _announce(settings: Settings, rows: int, held_out: int) -> None:
+    named = f"recipe {settings.recipe}" if settings.recipe else "your own composition"
+    default = settings.recipe == DEFAULT_RECIPE and "recipe" not in settings.given
+    hint = " (the default where nothing is said; 'speckd recipes' lists the others)" if default else ""
+    logger.info("Method: %s%s: %s.", named, hint, describe_method(settings))
+    logger.info("Data: %s rows to train on, %s held out.", f"{rows:,}", f"{held_out:,}" if held_out else "none")
+
+
+def _describe(trainer: SpecKDTrainer) -> None:
+    for model, name in ((trainer.model, "Student"), (trainer.teacher, "Teacher")):
+        if model is not None:
+            size = sum(p.numel() for p in model.parameters())
+            learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            trained = f", {learning:,} of them trained" if 0 < learning < size else ""
+            logger.info("%s: %s parameters%s, %s, on %s.", name, f"{size:,}", trained, model.dtype, model.device)
+
+
+def _student(model: ModelConfig) -> Any:
+    assert model.model_name_or_path is not None
+    return AutoModelForCausalLM.from_pretrained(
+        model.model_name_or_path,
+        revision=model.model_revision,
+        attn_implementation=model.attn_implementation,
+        dtype=model.dtype,
+        quantization_config=get_quantization_config(model),
+    )
+
+
+def _start(trainer: SpecKDTrainer, output: Path, resumed: bool) -> dict[str, float]:
+    """Held-out measures before the first step; of a resumed run, those in its log."""
+    if not resumed or not (output / "training_log.jsonl").exists():
+        return _measured(trainer)
+    for line in (output / "training_log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entry["step"] == 0 and "eval_nll" in entry:
+            return {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
+    return {}
+
+
+def _measured(trainer: SpecKDTrainer) -> dict[str, float]:
+    if trainer.eval_dataset is None:
+        return {}
+    return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+
+
+def _publish(settings: Settings, trainer: SpecKDTrainer, output: Path, start: dict[str, float], end: dict[str, float]) -> None:
+    """Tokenizer, card, and last of all the results: who finds results.json finds a finished run."""
+    trainer.processing_class.save_pretrained(output)
+    dropped = trainer.dropped_rows["train"]
+    data = {"train": settings.run.dataset_name, "rows": dropped.total, "rows dropped for length": len(dropped.rows)}
+    facts = CardFacts(
+        student=str(settings.model.model_name_or_path),
+        teacher=settings.training.teacher_model_name_or_path,
+        method=describe_method(settings),
+        given=settings.given,
+        start=start,
+        end=end,
+        data=data,
+        seed=settings.training.seed,
+        steps=trainer.state.global_step,
+        adapter=settings.model.use_peft,
+    )
+    (output / "README.md").write_text(model_card(facts))
+    results = {"start": start, "end": end, "steps": trainer.state.global_step, "data": data, "settings": settings.given}
+    unfinished = output / "results.json.tmp"
+    unfinished.write_text(json.dumps(results, indent=2) + "\n")
+    unfinished.rename(output / "results.json")
+    logger.info("The student is in %s: AutoModelForCausalLM.from_pretrained(%r) loads it.", output, str(output))
+    for name in ("nll", "kl", "agreement", "tar"):
+        if name in end:
+            logger.info("Held out, %s: %.4f before, %.4f after.", name, start.get(name, float("nan")), end[name])

@@ -1,0 +1,184 @@
+"""What the user asked for: recipe, then file, then flags, checked key by key before anything heavy happens."""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+from trl import ModelConfig
+
+from speckd.arguments import SpecKDConfig
+from speckd.config import nearest
+from speckd.errors import ConfigError
+
+DEFAULT_RECIPE = "label-ratio"
+_METHOD_KEYS = {"gate", "rejected", "divergence", "label_loss_weight", "recipe"}
+
+
+@dataclass
+class RunArguments:
+    """Data and housekeeping of a run: what neither TRL's model nor its training settings hold."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "JSONL or Parquet file, folder with train.*, or hub id"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub dataset"})
+    dataset_train_split: str = field(default="train", metadata={"help": "split of a hub dataset to train on"})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "split of a hub dataset to evaluate on"})
+    dataset_prompt_column: str | None = field(default=None, metadata={"help": "the column to use as prompt"})
+    dataset_completion_column: str | None = field(default=None, metadata={"help": "the column to use as completion"})
+    eval_dataset: str | None = field(default=None, metadata={"help": "held-out JSONL or Parquet file"})
+    eval_rows: int | None = field(default=None, metadata={"help": "evaluate on the first so many rows only"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "write into an output folder that is not empty"})
+    allow_changed_config: bool = field(default=False, metadata={"help": "resume although settings have changed"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. `given`: what the user (or the recipe) said, merged, as it is saved and compared on resuming."""
+
+    training: SpecKDConfig
+    model: ModelConfig
+    run: RunArguments
+    given: dict[str, Any]
+    recipe: str | None
+
+
+def recipe_names() -> list[str]:
+    return sorted(
+        path.name.removesuffix(".yaml") for path in files("speckd").joinpath("recipes").iterdir() if path.name.endswith(".yaml")
+    )
+
+
+def recipe_text(name: str) -> str:
+    if name not in recipe_names():
+        raise ConfigError(f"recipe: there is no recipe '{name}'", nearest(name, recipe_names()))
+    return files("speckd").joinpath("recipes", f"{name}.yaml").read_text()
+
+
+def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> Settings:
+    """Merges recipe < file < flags and builds the typed settings.
+
+    Raises:
+        ConfigError: naming the file or flag, the key, and the nearest valid key or the expected type.
+    """
+    from_file = _read_yaml(config) if config else {}
+    from_flags = _read_flags(flags)
+    chosen = recipe or from_flags.pop("recipe", None) or from_file.pop("recipe", None)
+    if chosen is None and not _METHOD_KEYS & (from_file.keys() | from_flags.keys()):
+        chosen = DEFAULT_RECIPE
+    sources = [(f"recipe {chosen}", yaml.safe_load(recipe_text(chosen)) if chosen else {})]
+    sources += [(str(config), from_file), ("the command line", from_flags)]
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, values in sources:
+        _require_known(name, values)
+        merged |= values
+        origin |= dict.fromkeys(values, name)
+    training, model, run = _typed(merged, origin)
+    return Settings(training, model, run, merged, chosen)
+
+
+def all_keys() -> dict[str, str]:
+    """Every key that a run understands, and its help."""
+    found: dict[str, str] = {}
+    for group in (RunArguments, SpecKDConfig, ModelConfig):
+        found |= {f.name: str(f.metadata.get("help", "")) for f in dataclasses.fields(group)}
+    return found
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, which YAML itself would settle silently."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file", "Check --config")
+    try:
+        values = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = f"{path}:{line + 1}" if line is not None else str(path)
+        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or 'not readable as YAML'}", "Correct the YAML") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a list of 'key: value' lines", "Write one setting a line")
+    return {str(key): value for key, value in values.items()}
+
+
+def _read_flags(flags: list[str]) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--key a b c` (a list) and `--key` (true)."""
+    found: dict[str, Any] = {}
+    key = None
+    for word in flags:
+        if word.startswith("--"):
+            key, _, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            found[key] = [value] if value else []
+        elif key is None:
+            raise ConfigError(f"the command line: '{word}' belongs to no option", "Write --key value")
+        else:
+            found[key].append(word)
+    return {key: True if not words else words[0] if len(words) == 1 else words for key, words in found.items()}
+
+
+def _require_known(source: str, values: dict[str, Any]) -> None:
+    known = list(all_keys())
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{source}: '{key}' is not a setting", f"{nearest(key, known)} (speckd options lists all)")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def _typed(merged: dict[str, Any], origin: dict[str, str]) -> tuple[SpecKDConfig, ModelConfig, RunArguments]:
+    words: list[str] = []
+    shared = {f.name for f in dataclasses.fields(SpecKDConfig)} & {f.name for f in dataclasses.fields(ModelConfig)}
+    for key, value in merged.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            words += [f"--{key}", json.dumps(value)]
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            words += [f"--{key}", str(value)]
+    try:
+        parser = _Parser([SpecKDConfig, RunArguments], allow_abbrev=False)
+        model_parser = _Parser(ModelConfig, allow_abbrev=False)
+        model_namespace, rest = model_parser.parse_known_args(words)
+        for key in shared:  # asked by both, such as trust_remote_code
+            if key in merged:
+                rest += [f"--{key}", str(merged[key])]
+        training, run = parser.parse_args_into_dataclasses(rest)
+        return training, ModelConfig(**vars(model_namespace)), run
+    except argparse.ArgumentError as error:
+        raise _type_error(str(error), merged, origin) from None
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error).strip().splitlines()[0].rstrip("."), "Correct the settings named there") from None
+
+
+def _type_error(message: str, merged: dict[str, Any], origin: dict[str, str]) -> ConfigError:
+    for key in sorted(merged, key=len, reverse=True):
+        if f"--{key}" in message:
+            reason = message.split(": ", 1)[-1]
+            return ConfigError(f"{origin[key]}: {key}: {merged[key]!r} does not fit ({reason})", "Give a value of that type")
+    return ConfigError(message, "Correct the settings named there")
