@@ -24,10 +24,18 @@ logger = logging.getLogger(__name__)
 
 #: Settings that may differ when a run is resumed: they change what is said and kept, not what is learnt.
 _FREE_ON_RESUME = {
-    "resume_from_checkpoint", "allow_changed_config", "overwrite_output_dir", "output_dir", "report_to", "run_name",
-    "disable_tqdm", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "loss_chunk_size",
-    "per_device_eval_batch_size", "log_level", "recipe",
-}  # fmt: skip
+    *(
+        "resume_from_checkpoint",
+        "allow_changed_config",
+        "overwrite_output_dir",
+        "output_dir",
+        "report_to",
+        "run_name",
+        "recipe",
+    ),
+    *("disable_tqdm", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy"),
+    *("loss_chunk_size", "per_device_eval_batch_size"),
+}
 
 
 def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:

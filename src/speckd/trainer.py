@@ -132,17 +132,19 @@ class SpecKDTrainer(SFTTrainer):
 
     def _set_up_teacher(self, teacher: str | PreTrainedModel | None, tokenizer: Any) -> None:
         width = self._student.get_output_embeddings().weight.shape[0]
-        self.teacher, self.vocabulary = None, SharedVocabulary(width)
+        self.teacher: Any = None
+        self.vocabulary = SharedVocabulary(width)
         if teacher is None:
             return
         if isinstance(teacher, str):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(teacher, revision=self.args.teacher_model_revision or "main")
-            teacher = load_teacher(teacher, self.args, self._student.dtype)
-        assert not isinstance(teacher, str)
-        if "device_map" not in (self.args.teacher_model_init_kwargs or {}) and not getattr(teacher, "hf_device_map", None):
-            teacher = teacher.to(self.accelerator.device)
-        self.teacher = teacher.eval().requires_grad_(False)
-        theirs = teacher.get_output_embeddings().weight.shape[0]
+            self.teacher = load_teacher(teacher, self.args, self._student.dtype)
+        else:
+            self.teacher = teacher
+        if not getattr(self.teacher, "hf_device_map", None):  # unless its layers were placed by hand
+            self.teacher.to(self.accelerator.device)
+        self.teacher.eval().requires_grad_(False)
+        theirs = self.teacher.get_output_embeddings().weight.shape[0]
         self.vocabulary = (
             shared_vocabulary(self.processing_class, tokenizer, width, theirs)
             if tokenizer is not None

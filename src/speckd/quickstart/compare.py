@@ -26,7 +26,7 @@ from speckd.quickstart import report
 from speckd.quickstart.data import Encoded, collate, encode
 from speckd.quickstart.evaluation import accuracy, block_efficiency, generate_greedy
 from speckd.quickstart.models import llama, load_teacher
-from speckd.tasks import stream
+from speckd.tasks import distinct, stream
 from speckd.teachers import ScrambledTeacher
 from speckd.types import DenseSignal, TeacherRows
 
@@ -219,7 +219,7 @@ def _rate(tally: AcceptanceTally) -> dict[str, float]:
 def _measure(student: Any, teacher: Any, tokenizer: Any) -> dict[str, float]:
     """Held-out measures against the clean teacher, by one rule for all methods."""
     student.eval()
-    examples = list(islice(stream("test", LEVEL), TEST_EXAMPLES))
+    examples = distinct("test", TEST_EXAMPLES, LEVEL)
     encoded = encode(examples, tokenizer)
     found = evaluate(student, teacher, None, [collate(encoded, tokenizer.pad_token_id)])
     answers = generate_greedy(student, encoded, tokenizer.eos_token_id, tokenizer.pad_token_id)

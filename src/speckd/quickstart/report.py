@@ -21,8 +21,8 @@ COLUMNS = {
 #: 97.5 % quantiles of Student's t for n − 1 degrees of freedom, n = 2, 3, …
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 _LEGEND = (
-    "Held-out tasks; mean ± standard deviation over {n} seed{s}. accuracy: mean of the three families, programs are run; KL, nats a "
-    "token, and agreement: to the clean teacher; τ: tokens per teacher call, the student drafting 5; TAR: Top-5 rule, same for all."
+    "Held-out tasks; mean ± standard deviation over {n} seed{s}. accuracy: mean of three families, programs are run; KL (nats "
+    "a token) and agreement: to the clean teacher; τ: tokens per teacher call, student drafting 5; TAR: Top-5 rule for all."
 )
 
 Results = Sequence[dict[str, Any]]
@@ -95,8 +95,8 @@ def sentence(runs: Results) -> str:
     ours = next(m for m, _ in _cells(runs) if m.startswith("label ratio"))
     return (
         f"Accuracy against ungated distillation, paired by seed, 95 % t-intervals: masking what the gate rejects is "
-        f"{difference(runs, masked, clean)} with the clean teacher and {difference(runs, masked, unreliable)} with the unreliable "
-        f"one; the label ratio with the label for the rest is {difference(runs, ours, clean)} and "
+        f"{difference(runs, masked, clean)} with the clean teacher and {difference(runs, masked, unreliable)} with the "
+        f"unreliable one; the label ratio with the label for the rest is {difference(runs, ours, clean)} and "
         f"{difference(runs, ours, unreliable)}. Small models, synthetic tasks: a demonstration, not a proof."
     )
 
@@ -115,8 +115,8 @@ def draw(runs: Results, path: Path) -> None:
     styles = dict(zip(methods, ("-", "--", "-.", ":", (0, (3, 1, 1, 1))), strict=False))
     for column, teacher in enumerate(teachers):
         for i, method in enumerate(methods):
-            own = [r["curve"] for r in runs if r["job"]["method"] == method and r["job"]["teacher"] in (teacher, teachers[0])]
-            own = [r["curve"] for r in runs if (r["job"]["method"], r["job"]["teacher"]) == (method, teacher)] or own
+            where = teacher if any((method, teacher) == cell for cell in _cells(runs)) else teachers[0]  # SFT has no teacher
+            own = [r["curve"] for r in runs if (r["job"]["method"], r["job"]["teacher"]) == (method, where)]
             for row, name in enumerate(("tar", "loss")):
                 if not all(name in point for curve in own for point in curve):
                     continue

@@ -4,7 +4,7 @@ An example is a pure function of (seed, split, family, level, index): the stream
 """
 
 from speckd.tasks.example import Example, Split
-from speckd.tasks.families import FAMILIES, generate, stream, verify_all
+from speckd.tasks.families import FAMILIES, distinct, generate, stream, verify_all
 from speckd.tasks.vocabulary import build_tokenizer
 
-__all__ = ["FAMILIES", "Example", "Split", "build_tokenizer", "generate", "stream", "verify_all"]
+__all__ = ["FAMILIES", "Example", "Split", "build_tokenizer", "distinct", "generate", "stream", "verify_all"]

@@ -17,7 +17,7 @@ Filter = tuple[str, str, Callable[[int], bool]]
 
 
 def _draw_map(rng: random.Random) -> Map:
-    k = rng.randint(2, 9)
+    k = rng.randint(2, 12)
     kind = rng.choice(("add", "subtract", "multiply"))
     if kind == "add":
         return f"add {k} to each", f"+ {k}", lambda x: x + k
@@ -26,9 +26,9 @@ def _draw_map(rng: random.Random) -> Map:
     return f"multiply each by {k}", f"* {k}", lambda x: x * k
 
 
-def _draw_filter(rng: random.Random) -> Filter:
-    k = rng.randint(2, 15)
-    kind = rng.choice(("above", "below", "even", "odd"))
+def _draw_filter(rng: random.Random, alone: bool) -> Filter:
+    k = rng.randint(2, 18)
+    kind = rng.choice(("above", "below") if alone else ("above", "below", "even", "odd"))  # "even" alone would be one task only
     if kind == "above":
         return f"keep only above {k}", f"> {k}", lambda x: x > k
     if kind == "below":
@@ -72,7 +72,7 @@ def make(rng: random.Random, level: int) -> Example:
     both, may_finish = LEVELS[level]
     parts = rng.choice(("map", "filter", "both") if both else ("map", "filter"))
     told, body, change = _draw_map(rng) if parts != "filter" else ("", "", lambda x: x)
-    kept, condition, test = _draw_filter(rng) if parts != "map" else ("", "", lambda x: True)
+    kept, condition, test = _draw_filter(rng, parts == "filter") if parts != "map" else ("", "", lambda x: True)
     final_told, final, finish = rng.choice(FINALS) if may_finish else ("", "", list)
     core = " then ".join(part for part in (kept, told, final_told) if part)
     inputs = [[rng.randint(0, 20) for _ in range(rng.randint(1, 6))] for _ in range(INPUTS - 1)] + [[]]

@@ -41,6 +41,27 @@ def stream(split: Split, level: int = 2, seed: int = 0, families: Sequence[str] 
         yield generate(families[i % len(families)], split, i // len(families), level, seed)
 
 
+def distinct(split: Split, count: int, level: int = 2, seed: int = 0) -> list[Example]:
+    """The first `count` examples of a split, as many of each family, no task twice: for measuring.
+
+    Raises:
+        ConfigError: a family has fewer tasks at this level (easy code has some dozens).
+    """
+    found: dict[str, Example] = {}
+    for place, family in enumerate(FAMILIES):
+        wanted = count // len(FAMILIES) + (place < count % len(FAMILIES))
+        own: dict[str, Example] = {}
+        for i in range(100 * wanted):
+            if len(own) == wanted:
+                break
+            example = generate(family, split, i, level, seed)
+            own.setdefault(example.core, example)
+        else:
+            raise ConfigError(f"{family} has fewer than {wanted} tasks in {split} at level {level}", "Ask for fewer, or a higher level")
+        found |= own
+    return list(found.values())
+
+
 def verify_all(examples: Sequence[Example], completions: Sequence[str]) -> list[bool]:
     """Whether each completion is right, by program; all code runs in one child process."""
     verdicts = [False] * len(examples)
