@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speckd.errors import NonFiniteError
 from speckd.head import LMHead
 from speckd.objective import (
     Objective,
@@ -139,12 +140,14 @@ def _sum_with_gradient(
     parts = []
     for index, piece in zip(chunks, pieces, strict=True):
         terms, entropy = batch.terms(head(piece), index, verdicts)
-        loss = terms.loss.sum()
+        loss = terms.loss.double().sum()
         if loss.requires_grad:
             loss.backward()
         total += loss.detach()
         parts.append((replace(terms, loss=terms.loss.detach()), entropy))
     total = total.to(_at_least_float32(hidden))
+    if not bool(torch.isfinite(total)):
+        raise NonFiniteError("the summed loss exceeds float32", "Lower the learning rate: the logits have grown out of bounds")
     if not torch.is_grad_enabled():
         return total, parts
     gathered: list[tuple[Tensor | None, Tensor]] = [

@@ -57,7 +57,9 @@ def distinct(split: Split, count: int, level: int = 2, seed: int = 0) -> list[Ex
             example = generate(family, split, i, level, seed)
             own.setdefault(example.core, example)
         else:
-            raise ConfigError(f"{family} has fewer than {wanted} tasks in {split} at level {level}", "Ask for fewer, or a higher level")
+            raise ConfigError(
+                f"{family} has fewer than {wanted} tasks in {split} at level {level}", "Ask for fewer, or a higher level"
+            )
         found |= own
     return list(found.values())
 
