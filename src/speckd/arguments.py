@@ -48,7 +48,9 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "the loss uses every parameter; set it for a model with experts that may stay unused"}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "none, tensorboard, trackio, wandb, ..."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036  (the order that HfArgumentParser can read)
+        default="none", metadata={"help": "none, tensorboard, trackio, wandb, ..."}
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:  # type: ignore[has-type]

@@ -15,7 +15,7 @@ from speckd.compatibility import require_same_tokens
 from speckd.config import nearest
 from speckd.data import load_data
 from speckd.errors import ConfigError, DataError
-from speckd.model_card import CardFacts, model_card
+from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, Settings, load_settings
 from speckd.trainer import SpecKDTrainer
 from speckd.training_log import TrainingLog
@@ -263,7 +263,15 @@ def _publish(settings: Settings, trainer: SpecKDTrainer, output: Path, start: di
         adapter=settings.model.use_peft,
     )
     (output / "README.md").write_text(model_card(facts))
-    results = {"start": start, "end": end, "steps": trainer.state.global_step, "data": data, "settings": settings.given}
+    results = {
+        "start": start,
+        "end": end,
+        "steps": trainer.state.global_step,
+        "processes": trainer.accelerator.num_processes,
+        "data": data,
+        "settings": settings.given,
+        "versions": versions(),
+    }
     unfinished = output / "results.json.tmp"
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
     unfinished.rename(output / "results.json")

@@ -122,7 +122,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_flags(flags: list[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--key a b c` (a list) and `--key` (true)."""
+    """`--key value`, `--key=value`, `--key a b c` (a list), `--key` (true) and `--key null` (none)."""
     found: dict[str, Any] = {}
     key = None
     for word in flags:
@@ -134,7 +134,8 @@ def _read_flags(flags: list[str]) -> dict[str, Any]:
             raise ConfigError(f"the command line: '{word}' belongs to no option", "Write --key value")
         else:
             found[key].append(word)
-    return {key: True if not words else words[0] if len(words) == 1 else words for key, words in found.items()}
+    single = {key: True if not words else None if words == ["null"] else words[0] for key, words in found.items()}
+    return {key: words if len(words) > 1 else single[key] for key, words in found.items()}
 
 
 def _require_known(source: str, values: dict[str, Any]) -> None:
@@ -164,6 +165,8 @@ def _typed(merged: dict[str, Any], origin: dict[str, str]) -> tuple[SpecKDConfig
     try:
         parser = _Parser([SpecKDConfig, RunArguments], allow_abbrev=False)
         model_parser = _Parser(ModelConfig, allow_abbrev=False)
+        for one in (parser, model_parser):  # a null takes a default away
+            one.set_defaults(**{a.dest: None for a in one._actions if a.dest in merged and merged[a.dest] is None})
         model_namespace, rest = model_parser.parse_known_args(words)
         for key in shared:  # asked by both, such as trust_remote_code
             if key in merged:

@@ -164,7 +164,15 @@ class SpecKDTrainer(SFTTrainer):
         if isinstance(dataset, IterableDataset):
             raise DataError(f"the {dataset_name} data is a stream", "Load it without streaming: rows are counted and numbered")
         total = len(dataset)
-        prepared = super()._prepare_dataset(number_rows(dataset), processing_class, args, False, formatting_func, dataset_name)
+        try:
+            prepared = super()._prepare_dataset(
+                number_rows(dataset), processing_class, args, False, formatting_func, dataset_name
+            )
+        except (RuntimeError, ValueError) as error:  # TRL's own refusals: missing assistant turns, odd templates
+            reason = str(error).split(". ", maxsplit=1)[0]
+            raise DataError(
+                f"the {dataset_name} data cannot be prepared: {reason}", "Check the data and its chat template"
+            ) from error
         self.dropped_rows[dataset_name] = require_supervision(prepared, total, dataset_name, args.max_length)
         return spread_sample_ids(prepared, packing, args.max_length, args.packing_strategy)
 

@@ -1,0 +1,265 @@
+"""Every mistake a user can make: one clear line that names what and where and the fix, exit code 2, nothing written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from speckd.tasks import build_tokenizer
+from tests.tiny import common_flags, run_cli, task_rows, write_model, write_rows
+
+Flags = list[str]
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %} {% generation %}{{ m['content'] }} <eos>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+class Place:
+    """A folder with a good student, teacher and data, and what a test spoils in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.output = folder, folder / "out"
+        self.student, self.teacher = write_model(folder / "student", 1), write_model(folder / "teacher", 2)
+        self.data = write_rows(folder / "data.jsonl", task_rows(6))
+
+    def flags(self, *more: str) -> Flags:
+        return [*common_flags(self.student, self.teacher, self.data, self.output), "--max_steps", "2", *more]
+
+    def with_data(self, text: str, name: str = "own.jsonl") -> Flags:
+        (self.folder / name).write_text(text)
+        return self.flags("--dataset_name", str(self.folder / name))
+
+    def with_yaml(self, text: str) -> Flags:
+        (self.folder / "run.yaml").write_text(text)
+        return self.flags("--config", str(self.folder / "run.yaml"))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def other_tokenizer(place: Place, change: Callable[[dict[str, int]], None]) -> Flags:
+    vocabulary = dict(build_tokenizer().get_vocab())
+    change(vocabulary)
+    path = place.teacher / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = vocabulary
+    path.write_text(json.dumps(content))
+    return place.flags()
+
+
+def swap(a: str, b: str) -> Callable[[dict[str, int]], None]:
+    def change(vocabulary: dict[str, int]) -> None:
+        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+
+    return change
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, int]], None]:
+    def change(vocabulary: dict[str, int]) -> None:
+        vocabulary[new] = vocabulary.pop(old)
+
+    return change
+
+
+def spoil_weights(folder: Path, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def lowercased(place: Place) -> Flags:
+    path = place.teacher / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(content))
+    return place.flags()
+
+
+def no_eos(place: Place) -> Flags:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=build_tokenizer().backend_tokenizer, pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(place.student)
+    return place.flags()
+
+
+def long_prompts() -> str:
+    return "".join(json.dumps({"prompt": "now " * 30, "completion": " ok"}) + "\n" for _ in range(3))
+
+
+def nonempty_output(place: Place) -> Flags:
+    place.output.mkdir()
+    (place.output / "precious.txt").write_text("mine")
+    return place.flags()
+
+
+def with_template(place: Place) -> Flags:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    for folder in (place.student, place.teacher):
+        tokenizer.save_pretrained(folder)
+    return ["--assistant_only_loss", "true"]
+
+
+def nan_model(place: Place, which: str, value: float) -> Flags:
+    spoil_weights(place.folder / which, value)
+    return place.flags()
+
+
+CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
+    "unknown key in file": (lambda p: p.with_yaml("learning_rat: 1\n"), ["run.yaml", "'learning_rat'", "'learning_rate'"]),
+    "unknown flag": (lambda p: p.flags("--gaet", "top_k"), ["'gaet'", "'gate'"]),
+    "wrong type": (lambda p: p.with_yaml("max_length: many\n"), ["run.yaml", "max_length", "'many'"]),
+    "wrong type of a flag": (lambda p: p.flags("--seed", "x"), ["the command line", "seed", "'x'"]),
+    "key given twice": (lambda p: p.with_yaml("seed: 1\nseed: 2\n"), ["run.yaml:2", "'seed'", "twice"]),
+    "broken yaml": (lambda p: p.with_yaml("seed: [1\n"), ["run.yaml"]),
+    "yaml that runs code": (lambda p: p.with_yaml("seed: !!python/object/apply:os.system ['true']\n"), ["run.yaml:1"]),
+    "missing config": (lambda p: p.flags("--config", str(p.folder / "no.yaml")), ["no.yaml", "no such file"]),
+    "unknown recipe": (lambda p: p.flags("--recipe", "paper-v3"), ["'paper-v3'", "Did you mean 'paper-v"]),
+    "unknown gate": (lambda p: p.flags("--gate", "topk"), ["'topk'", "'top_k'"]),
+    "unknown gate option": (lambda p: p.flags("--gate", "top_k", "--gate_options", '{"k": 1}'), ["gate_options", "'k'"]),
+    "k of zero": (lambda p: p.flags("--gate", "top_k", "--gate_options", '{"verify_top_k": 0}'), ["verify_top_k is 0"]),
+    "liger": (lambda p: p.flags("--use_liger_kernel", "true"), ["use_liger_kernel"]),
+    "wrapped packing": (lambda p: p.flags("--packing", "true", "--packing_strategy", "wrapped"), ["wrapped", "'bfd'"]),
+    "output exists": (nonempty_output, ["out exists and is not empty", "--overwrite_output_dir"]),
+    "missing student": (lambda p: p.flags("--model_name_or_path", str(p.folder / "studnt")), ["studnt", "student'"]),
+    "missing teacher": (
+        lambda p: p.flags("--teacher_model_name_or_path", str(p.folder / "x" / "y")),
+        ["teacher_model_name_or_path"],
+    ),
+    "no teacher": (lambda p: common_flags(p.student, None, p.data, p.output), ["there is no teacher", "--recipe sft"]),
+    "teacher is the student": (
+        lambda p: p.flags("--teacher_model_name_or_path", str(p.student) + "/."),
+        ["is the student itself"],
+    ),
+    "folder without a model": (lambda p: p.flags("--model_name_or_path", str(p.folder)), ["holds no config.json"]),
+    "missing data": (
+        lambda p: p.flags("--dataset_name", str(p.folder / "dat.jsonl")),
+        ["dat.jsonl", "Did you mean", "data.jsonl"],
+    ),
+    "empty data": (lambda p: p.with_data(""), ["own.jsonl", "empty"]),
+    "broken line": (lambda p: p.with_data('{"prompt": "a", "completion": "b"}\n{"prompt": \n'), ["own.jsonl:2", "not JSON"]),
+    "not an object": (lambda p: p.with_data("[1]\n"), ["own.jsonl:1", "not a JSON object"]),
+    "unknown shape": (
+        lambda p: p.with_data('{"question": "a", "answer": "b"}\n'),
+        ["answer, question", "dataset_prompt_column"],
+    ),
+    "missing value": (
+        lambda p: p.with_data('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n'),
+        ["own.jsonl: row 2", "completion is missing"],
+    ),
+    "wrong column name": (lambda p: p.flags("--dataset_prompt_column", "frage"), ["'frage'", "prompt, completion"]),
+    "unread file type": (lambda p: p.with_data("a,b\n", "own.csv"), ["own.csv", ".jsonl"]),
+    "messages without template": (
+        lambda p: p.with_data('{"messages": [{"role": "user", "content": "now"}, {"role": "assistant", "content": "ok"}]}\n'),
+        ["no chat template", "chat_template_path"],
+    ),
+    "all truncated": (lambda p: [*p.with_data(long_prompts()), "--max_length", "8"], ["3 of 3 rows", "max_length (now 8)"]),
+    "conflicting vocabularies": (lambda p: other_tokenizer(p, swap("cat", "dog")), ["2 tokens have different ids", "'cat'"]),
+    "renamed token": (lambda p: other_tokenizer(p, rename("cat", "lion")), ["1 ids mean different tokens", "'cat'", "'lion'"]),
+    "other normalisation": (lowercased, ["cut the same text differently"]),
+    "no end token": (no_eos, ["no end token"]),
+    "student of NaN": (lambda p: nan_model(p, "student", torch.nan), ["the student's logits are NaN"]),
+    "teacher of infinities": (lambda p: nan_model(p, "teacher", torch.inf), ["the teacher's logits are NaN or infinite"]),
+    "no assistant turn": (
+        lambda p: [*p.with_data('{"messages": [{"role": "user", "content": "now"}]}\n'), *with_template(p)],
+        ["the train data", "no assistant tokens"],
+    ),
+    "resume from nowhere": (lambda p: p.flags("--resume_from_checkpoint", "nowhere"), ["no folder nowhere"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_exit_code_2_and_nothing_written(place: Place, case: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    spoil, words = CASES[case]
+    flags = spoil(place)
+    before = {p: p.stat().st_mtime_ns for p in place.output.rglob("*")}
+    assert run_cli(flags) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "Traceback" not in said[0]
+    assert all(word in said[0] for word in words), said[0]
+    assert {p: p.stat().st_mtime_ns for p in place.output.rglob("*")} == before
+    if not before:
+        assert not place.output.exists() or not any(place.output.iterdir())
+
+
+def test_rows_that_lose_their_completion_are_counted_and_named(place: Place, capsys) -> None:
+    rows = task_rows(6)
+    rows[2]["prompt"] = "now " * 60
+    write_rows(place.data, rows)
+    assert run_cli(place.flags("--max_length", "50")) == 0
+    assert "1 of 6 rows (row 3) have no supervised token left" in capsys.readouterr().err
+    assert json.loads((place.output / "results.json").read_text())["data"]["rows dropped for length"] == 1
+
+
+def test_a_padded_head_is_one_line_and_works(place: Place, capsys) -> None:
+    write_model(place.teacher, 2, width=384)
+    assert run_cli(place.flags()) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Vocabulary:")]
+    assert len(said) == 1 and "384" in said[0]
+
+
+def test_resuming_with_another_learning_rate_is_refused_by_name(place: Place, capsys) -> None:
+    own = [f for f in place.flags("--save_steps", "1") if f not in ("--save_strategy", "no")]
+    assert run_cli(own) == 0
+    again = [*own, "--resume_from_checkpoint", "true", "--learning_rate", "5e-5"]
+    assert run_cli(again) == 2
+    assert "resume: learning_rate was '1e-2' and is '5e-5' now" in capsys.readouterr().err
+    assert run_cli([*again, "--allow_changed_config", "true"]) == 0
+
+
+def test_shapes_columns_and_files_that_users_have(place: Place, tmp_path: Path) -> None:
+    """Renamed columns, a folder with splits, Parquet, plain text, a YAML file, null on the command line."""
+    rows = task_rows(6)
+    asked = write_rows(tmp_path / "qa.jsonl", [{"question": r["prompt"], "answer": r["completion"], "id": 1} for r in rows])
+    columns = ["--dataset_prompt_column", "question", "--dataset_completion_column", "answer"]
+    runs = {"qa": place.flags("--dataset_name", str(asked), *columns)}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", rows)
+    write_rows(folder / "validation.jsonl", rows[:2])
+    runs["folder"] = place.flags("--dataset_name", str(folder))
+    text = write_rows(tmp_path / "text.jsonl", [{"text": r["prompt"] + r["completion"]} for r in rows])
+    runs["text"] = place.flags("--dataset_name", str(text), "--max_length", "null")
+    from datasets import Dataset
+
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    runs["parquet"] = place.flags("--dataset_name", str(tmp_path / "rows.parquet"))
+    (tmp_path / "run.yaml").write_text("gate: top_k\ngate_options: {verify_top_k: 3}\nrejected: residual\nmax_length: null\n")
+    runs["yaml"] = place.flags("--config", str(tmp_path / "run.yaml"))
+    losses = {}
+    for name, flags in runs.items():
+        place.output = tmp_path / f"out-{name}"
+        flags[flags.index("--output_dir") + 1] = str(place.output)
+        assert run_cli(flags) == 0, name
+        log = [json.loads(x) for x in (place.output / "training_log.jsonl").read_text().splitlines()]
+        losses[name] = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses["qa"] == losses["folder"] == losses["parquet"]
+    assert losses["text"] != losses["qa"] and losses["yaml"] != losses["qa"]
+    assert json.loads((tmp_path / "out-folder" / "results.json").read_text())["end"]["tokens"] > 0
+
+
+def test_assistant_only_loss_supervises_the_assistant(place: Place, tmp_path: Path) -> None:
+    """Messages with a chat template: only what the assistant says is learnt."""
+    tokenizer, assistant_only = build_tokenizer(), with_template(place)
+    rows = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"].strip()}]}
+        for r in task_rows(6)
+    ]
+    data = write_rows(tmp_path / "chat.jsonl", rows)
+    found = {}
+    for name, more in {"chat": assistant_only, "all": []}.items():
+        flags = [*place.flags("--dataset_name", str(data), "--eval_dataset", str(data)), *more]
+        flags[flags.index("--output_dir") + 1] = str(tmp_path / f"out-{name}")
+        assert run_cli(flags) == 0
+        found[name] = json.loads((tmp_path / f"out-{name}" / "results.json").read_text())["end"]["tokens"]
+    wanted = sum(len(tokenizer(r["completion"]).input_ids) + 1 for r in task_rows(6))
+    assert found["chat"] == wanted < found["all"]

@@ -1,0 +1,105 @@
+"""What users type and scripts read does not change by accident."""
+
+import dataclasses
+
+from trl import SFTConfig
+
+from speckd.arguments import SpecKDConfig
+from speckd.cli import main
+from speckd.config import DIVERGENCES, GATES, REJECTED
+from speckd.metrics import AcceptanceTally, StarvationWatch
+from speckd.settings import RunArguments, load_settings, recipe_names
+
+
+def test_names_are_frozen() -> None:
+    assert recipe_names() == ["label-ratio", "paper-v1", "paper-v2-spec", "paper-v2-top-k", "sft", "top-k-label", "ungated"]
+    assert sorted(GATES) == (
+        "expected_spec inverted label_in_top_k label_ratio matched_random none random spec top_k two_sided".split()
+    )
+    assert sorted(REJECTED) == ["down_weight", "label", "mask", "residual"]
+    assert sorted(DIVERGENCES) == (
+        "adaptive_kl alpha_beta forward_kl generalized_jsd reverse_kl skewed_forward_kl skewed_reverse_kl todi "
+        "total_variation".split()
+    )
+    own = {f.name for f in dataclasses.fields(SpecKDConfig)} - {f.name for f in dataclasses.fields(SFTConfig)}
+    assert own == set(
+        "gate gate_options rejected rejected_options divergence divergence_options divergence_temperature normalizer "
+        "label_loss_weight teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs "
+        "scrambled_teacher_fraction loss_chunk_size gate_seed starvation_threshold starvation_patience".split()
+    )
+    assert {f.name for f in dataclasses.fields(RunArguments)} == set(
+        "dataset_name dataset_config dataset_train_split dataset_test_split dataset_prompt_column dataset_completion_column "
+        "eval_dataset eval_rows overwrite_output_dir allow_changed_config".split()
+    )
+
+
+def test_recipes_are_what_they_say(tmp_path) -> None:
+    found = {}
+    for name in recipe_names():
+        given = load_settings(None, name, ["--output_dir", str(tmp_path)]).training
+        found[name] = (given.gate, given.rejected, given.divergence, given.normalizer, given.label_loss_weight)
+    assert found == {
+        "label-ratio": ("label_ratio", "label", "forward_kl", "valid", 0.0),
+        "paper-v1": ("top_k", "mask", "forward_kl", "valid", 0.0),
+        "paper-v2-spec": ("spec", "down_weight", "forward_kl", "valid", 0.0),
+        "paper-v2-top-k": ("top_k", "down_weight", "forward_kl", "valid", 0.0),
+        "sft": ("none", "mask", "forward_kl", "valid", 1.0),
+        "top-k-label": ("top_k", "label", "forward_kl", "valid", 0.0),
+        "ungated": ("none", "mask", "forward_kl", "valid", 0.0),
+    }
+    assert load_settings(None, None, ["--output_dir", str(tmp_path)]).recipe == "label-ratio"
+    assert load_settings(None, None, ["--output_dir", str(tmp_path), "--gate", "spec"]).recipe is None
+
+
+def test_the_papers_defaults() -> None:
+    objective = SpecKDConfig(output_dir="x", gate="top_k", rejected="down_weight", use_cpu=True).objective()
+    assert objective.gate.verify_top_k == 5 and objective.rejected.rejected_weight == 0.01
+    assert SpecKDConfig(output_dir="x", gate="spec", use_cpu=True).objective().gate.candidates == 5
+
+
+def test_help_recipes_and_options_answer(capsys) -> None:
+    assert main(["recipes"]) == 0 and "label-ratio (default)" in capsys.readouterr().out
+    assert main(["options", "gate"]) == 0 and "gate_options" in capsys.readouterr().out
+    assert main(["--version"]) == 0 and main(["trian"]) == 2
+
+
+def test_the_starvation_watch_waits_says_it_once_and_forgets() -> None:
+    watch = StarvationWatch(threshold=0.1, patience=3)
+    assert [watch.update(r) is not None for r in (0.05, 0.05, 0.2, 0.05, 0.05, 0.05, 0.05)] == [False] * 5 + [True, False]
+
+
+def test_tallies_add_up_in_any_split() -> None:
+    import torch
+
+    from speckd import LMHead, Objective, distillation_loss
+    from speckd.gates import TopK
+    from speckd.policies import DownWeight
+    from speckd.teachers import DenseTeacher
+    from tests.parity.cases import problem
+
+    given = problem(seed=4, tokens=12)
+    objective = Objective(TopK(3), DownWeight(0.5), label_loss_weight=0.25)
+    head, teacher = LMHead(given.weight, given.bias), DenseTeacher(given.teacher)
+
+    def tally(*pieces: torch.Tensor) -> dict[str, float]:
+        found = AcceptanceTally()
+        for index in pieces:
+            rows = type(given.rows)(index, given.rows.labels[index], given.rows.keys.rows(index))
+            own = AcceptanceTally()
+            own.add(distillation_loss(objective, given.hidden, head, teacher, rows))
+            found.merge(own.sums)
+        return found.result()
+
+    whole, parts = tally(torch.arange(12)), tally(torch.arange(8), torch.arange(8, 12))  # samples are 4 tokens long
+    assert whole.keys() == parts.keys() and all(abs(whole[k] - parts[k]) < 1e-9 for k in whole)
+    accepted = objective.gate(_rows(given))
+    assert abs(whole["tar_micro"] - float(accepted.mean())) < 1e-12
+    assert abs(whole["tar"] - float(accepted.reshape(3, 4).mean(1).mean())) < 1e-12
+    shares = [whole[f"loss_share/{name}"] for name in ("accepted", "rejected", "label")]
+    assert abs(sum(shares) - 1) < 1e-9 and all(share > 0 for share in shares)
+
+
+def _rows(given):
+    from speckd.types import DenseSignal, Rows
+
+    return Rows(given.hidden @ given.weight.T + given.bias, DenseSignal(given.teacher), given.rows.labels, given.rows.keys)
