@@ -28,6 +28,7 @@ from speckd.quickstart.evaluation import accuracy, block_efficiency, generate_gr
 from speckd.quickstart.models import llama, load_teacher
 from speckd.tasks import distinct, stream
 from speckd.teachers import ScrambledTeacher
+from speckd.tokens import SupervisedRows, TokenBatch
 from speckd.types import DenseSignal, TeacherRows
 
 LEVEL = 2
@@ -189,11 +190,7 @@ def _train(student: Any, job: Job, encoded: list[Encoded], logits: Tensor, pad: 
     for step, chosen in enumerate(_batches(encoded, job.seed + (1000 if job.method else 0), job.steps), 1):
         batch, mask = collate([encoded[i] for i in chosen], pad)
         rows = supervised_rows(batch, seed=job.seed)
-        place = torch.zeros(batch.input_ids.numel(), dtype=torch.long)
-        starts = torch.tensor([encoded[i].prompt_length for i in chosen])
-        own = rows.index // batch.input_ids.shape[1]
-        place[rows.index] = first[rows.keys.sample] + rows.keys.position - starts[own]
-        teacher: TeacherRows = StoredTeacher(logits, place)
+        teacher: TeacherRows = StoredTeacher(logits, places(batch, rows, [encoded[i] for i in chosen], first))
         if TEACHERS[job.teacher]:
             teacher = ScrambledTeacher(teacher, UNRELIABLE, batch.sample_ids.flatten(), batch.position_ids.flatten(), job.seed)
         hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
@@ -209,6 +206,14 @@ def _train(student: Any, job: Job, encoded: list[Encoded], logits: Tensor, pad: 
             curve.append({"step": step, "loss": statistics.mean(losses), **_rate(tally)})
             tally, losses = AcceptanceTally(), []
     return curve
+
+
+def places(batch: TokenBatch, rows: SupervisedRows, chosen: Sequence[Encoded], first: Tensor) -> Tensor:
+    """[B·L]: for each supervised position of a batch, the row of the stored logits. `first`: where each sample's rows begin."""
+    place = torch.zeros(batch.input_ids.numel(), dtype=torch.long)
+    prompts = torch.tensor([e.prompt_length for e in chosen])
+    place[rows.index] = first[rows.keys.sample] + rows.keys.position - prompts[rows.index // batch.input_ids.shape[1]]
+    return place
 
 
 def _rate(tally: AcceptanceTally) -> dict[str, float]:

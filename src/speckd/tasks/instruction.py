@@ -22,7 +22,7 @@ class Operation:
 
 
 def _draw_operation(rng: random.Random, words: list[str], last: bool) -> Operation:
-    """One operation that makes sense for these words; counting and picking only as the last one."""
+    """One operation that makes sense for the list as it is now; counting and picking only as the last one."""
     kinds = ["reverse", "sort", "uppercase", "drop", "swap", "replace"] + (["nth", "count"] if last else [])
     kind = rng.choice(kinds)
     if kind == "reverse":
@@ -34,13 +34,13 @@ def _draw_operation(rng: random.Random, words: list[str], last: bool) -> Operati
     if kind == "swap":
         return Operation("swap first and last", lambda w: [w[-1], *w[1:-1], w[0]] if len(w) > 1 else w)
     if kind == "drop":
-        gone = rng.choice(words)
+        gone = rng.choice(words).lower()
         return Operation(f"drop {gone}", lambda w: [x for x in w if x.lower() != gone])
     if kind == "replace":
-        old, new = rng.choice(words), rng.choice(NOUNS)
+        old, new = rng.choice(words).lower(), rng.choice(NOUNS)
         return Operation(f"replace {old} with {new}", lambda w: [_like(x, new) if x.lower() == old else x for x in w])
     if kind == "nth":
-        place = rng.randint(1, len(words) - 1)
+        place = rng.randint(1, len(words))
         return Operation(f"give word {place}", lambda w: w[place - 1 : place])
     return Operation("count the words", lambda w: [str(len(w))])
 
@@ -53,11 +53,12 @@ def make(rng: random.Random, level: int) -> Example:
     fewest, most, low, high = LEVELS[level]
     words = rng.sample(NOUNS, rng.randint(fewest, most))
     count = rng.randint(low, high)
-    operations = [_draw_operation(rng, words, last=i == count - 1) for i in range(count)]
-    result = list(words)
-    for operation in operations:
+    told, result = [], list(words)
+    for i in range(count):
+        operation = _draw_operation(rng, result, last=i == count - 1)
+        told.append(operation.text)
         result = operation.apply(result)
-    core = f"{' then '.join(o.text for o in operations)} : {' '.join(words)}"
+    core = f"{' then '.join(told)} : {' '.join(words)}"
     prompt = f"{rng.choice(OPENERS)} {core} ="
     completion = f"{rng.choice(LEAD_INS)} {' '.join(result)}"
     return Example("instruction", level, core, " ".join(prompt.split()), " ".join(completion.split()), result)
