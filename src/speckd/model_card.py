@@ -24,12 +24,14 @@ _MEASURES = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made of. `start`, `end`: held-out measures before and after; `data`: name to how much."""
+    """What a card is made of. `given`: settings that were said, `everything`: all with their resolved values; `start`, `end`:
+    held-out measures before and after; `data`: name to how much."""
 
     student: str
     teacher: str | None
     method: str
     given: dict[str, Any]
+    everything: dict[str, Any]
     start: dict[str, float]
     end: dict[str, float]
     data: dict[str, Any]
@@ -52,7 +54,6 @@ def model_card(facts: CardFacts) -> str:
     """Markdown with YAML front matter, for the hub and for people."""
     front = {"library_name": "peft" if facts.adapter else "transformers", "tags": ["speckd", "distillation", "trl"]}
     front["base_model"] = facts.student
-    settings = yaml.safe_dump(facts.given, sort_keys=True, allow_unicode=True)
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     taught = f"`{_code(facts.teacher)}`" if facts.teacher else "no teacher"
     return f"""---
@@ -82,7 +83,14 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 `speckd train --config config.yaml` with:
 
 ```yaml
-{settings.replace("```", "'''")}```
+{_fenced(facts.given)}```
+
+<details><summary>Every setting, with defaults</summary>
+
+```yaml
+{_fenced(facts.everything)}```
+
+</details>
 
 {packages}
 """
@@ -106,6 +114,11 @@ def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _fenced(values: dict[str, Any]) -> str:
+    """YAML that cannot close its own code block."""
+    return yaml.safe_dump(values, sort_keys=True, allow_unicode=True).replace("```", "'''")
 
 
 def _cell(value: Any) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +193,25 @@ def _checkpoint(settings: Settings, output: Path) -> str | None:
 
 
 def describe_method(settings: Settings) -> str:
-    """The composition in one line."""
-    given = settings.training
-    if given.label_loss_weight == 1:
+    """The composition in one line, parameters included."""
+    objective = settings.training.objective()
+    if not objective.needs_teacher:
         return "SFT: cross-entropy on the data, no distillation"
-    mixed = f" + {given.label_loss_weight:g} cross-entropy" if given.label_loss_weight else ""
-    return f"gate {given.gate} → rejected tokens {given.rejected} → {given.divergence}{mixed}, divided by {given.normalizer}"
+    gate, rejected, divergence = (_shown(piece) for piece in (objective.gate, objective.rejected, objective.divergence))
+    mixed = f" + {objective.label_loss_weight:g} cross-entropy" if objective.label_loss_weight else ""
+    hot = f" at T = {objective.divergence_temperature:g}" if objective.divergence_temperature != 1 else ""
+    return f"gate {gate} → rejected tokens {rejected} → {divergence}{hot}{mixed}, divided by {objective.normalizer}"
+
+
+def _shown(piece: Any) -> str:
+    """`TopK(verify_top_k=5)` as it is, a function by its name."""
+    return getattr(piece, "__name__", repr(piece))
+
+
+def all_settings(settings: Settings) -> dict[str, Any]:
+    """Every setting of a run with its resolved value, secrets masked by Transformers, empty ones left out."""
+    everything = {**settings.training.to_dict(), **asdict(settings.model), **asdict(settings.run)}
+    return {key: value for key, value in sorted(everything.items()) if value not in (None, [], {})}
 
 
 def _announce(settings: Settings, rows: int, held_out: int) -> None:
@@ -255,6 +269,7 @@ def _publish(settings: Settings, trainer: SpecKDTrainer, output: Path, start: di
         teacher=settings.training.teacher_model_name_or_path,
         method=describe_method(settings),
         given=settings.given,
+        everything=all_settings(settings),
         start=start,
         end=end,
         data=data,

@@ -134,8 +134,20 @@ def _read_flags(flags: list[str]) -> dict[str, Any]:
             raise ConfigError(f"the command line: '{word}' belongs to no option", "Write --key value")
         else:
             found[key].append(word)
-    single = {key: True if not words else None if words == ["null"] else words[0] for key, words in found.items()}
-    return {key: words if len(words) > 1 else single[key] for key, words in found.items()}
+    return {key: words if len(words) > 1 else _scalar(words[0]) if words else True for key, words in found.items()}
+
+
+def _scalar(word: str) -> Any:
+    """What a word on the command line stands for: null, a truth value, a number, or itself."""
+    named = {"null": None, "true": True, "false": False}
+    if word.lower() in named:
+        return named[word.lower()]
+    for kind in (int, float):
+        try:
+            return kind(word) if any(c.isdigit() for c in word) else word
+        except ValueError:
+            continue
+    return word
 
 
 def _require_known(source: str, values: dict[str, Any]) -> None:
@@ -160,6 +172,8 @@ def _typed(merged: dict[str, Any], origin: dict[str, str]) -> tuple[SpecKDConfig
             words += [f"--{key}", json.dumps(value)]
         elif isinstance(value, (list, tuple)):
             words += [f"--{key}", *map(str, value)]
+        elif value is False and not _is_flag(key):
+            words += [f"--{key}", "no"]  # YAML reads 'save_strategy: no' as false
         else:
             words += [f"--{key}", str(value)]
     try:
@@ -177,6 +191,11 @@ def _typed(merged: dict[str, Any], origin: dict[str, str]) -> tuple[SpecKDConfig
         raise _type_error(str(error), merged, origin) from None
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error).strip().splitlines()[0].rstrip("."), "Correct the settings named there") from None
+
+
+def _is_flag(key: str) -> bool:
+    kinds = {f.name: str(f.type) for group in (RunArguments, SpecKDConfig, ModelConfig) for f in dataclasses.fields(group)}
+    return "bool" in kinds[key]
 
 
 def _type_error(message: str, merged: dict[str, Any], origin: dict[str, str]) -> ConfigError:

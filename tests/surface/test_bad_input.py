@@ -212,7 +212,7 @@ def test_resuming_with_another_learning_rate_is_refused_by_name(place: Place, ca
     assert run_cli(own) == 0
     again = [*own, "--resume_from_checkpoint", "true", "--learning_rate", "5e-5"]
     assert run_cli(again) == 2
-    assert "resume: learning_rate was '1e-2' and is '5e-5' now" in capsys.readouterr().err
+    assert "resume: learning_rate was 0.01 and is 5e-05 now" in capsys.readouterr().err
     assert run_cli([*again, "--allow_changed_config", "true"]) == 0
 
 

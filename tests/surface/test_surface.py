@@ -57,6 +57,16 @@ def test_the_papers_defaults() -> None:
     assert SpecKDConfig(output_dir="x", gate="spec", use_cpu=True).objective().gate.candidates == 5
 
 
+def test_words_become_what_they_stand_for(tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text("save_strategy: no\nmax_length: null\nlearning_rate: 1e-4\nreport_to: none\n")
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--seed", "7", "--eval_strategy=no", "--lora_target_modules", "a", "b"]
+    found = load_settings(tmp_path / "run.yaml", None, flags)
+    training = found.training
+    assert (training.save_strategy, training.eval_strategy, training.max_length) == ("no", "no", None)
+    assert (training.learning_rate, training.seed, training.use_cpu) == (1e-4, 7, True)
+    assert found.model.lora_target_modules == ["a", "b"] and found.given["seed"] == 7
+
+
 def test_help_recipes_and_options_answer(capsys) -> None:
     assert main(["recipes"]) == 0 and "label-ratio (default)" in capsys.readouterr().out
     assert main(["options", "gate"]) == 0 and "gate_options" in capsys.readouterr().out
