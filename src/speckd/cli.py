@@ -103,21 +103,40 @@ _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 1 (our mistake), 2 (the user's), 130 (interrupted)."""
-    words = sys.argv[1:] if arguments is None else arguments
+    words, debug = _without_debug(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     try:
-        return int(command.main(args=words, prog_name="speckd", standalone_mode=False) or 0)
-    except SpeckdError as error:
-        if "--debug" in words:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        code = int(command.main(args=words, prog_name="speckd", standalone_mode=False) or 0)
     except _USAGE_ERROR as error:
-        print(f"error: {error.format_message()}. See speckd --help", file=sys.stderr)
+        print(f"error: {error.format_message().rstrip('.')}. See speckd --help", file=sys.stderr)
         return 2
+    except Exception as error:
+        if debug:
+            raise
+        print(_last_words(error), file=sys.stderr)
+        return error.exit_code if isinstance(error, SpeckdError) else 1
     except KeyboardInterrupt:
-        print("interrupted; go on with --resume_from_checkpoint true", file=sys.stderr)
-        return 130
+        code = 130
+    if code == 130:  # typer turns the interrupt into this
+        print("interrupted; training goes on from its last checkpoint with --resume_from_checkpoint true", file=sys.stderr)
+    return code
+
+
+def _without_debug(words: list[str]) -> tuple[list[str], bool]:
+    """`--debug` may stand anywhere; with a value it is the Trainer's own setting of that name, and stays."""
+    for place, word in enumerate(words):
+        if word == "--debug" and (place == 0 or words[place + 1 : place + 2] == [] or words[place + 1].startswith("--")):
+            return words[:place] + words[place + 1 :], True
+    return words, False
+
+
+def _last_words(error: Exception) -> str:
+    if isinstance(error, SpeckdError):
+        return f"error: {error}"
+    reason = (str(error).strip().splitlines() or [""])[0][:300]
+    if type(error).__name__ == "OutOfMemoryError":
+        return "error: out of memory. Lower per_device_train_batch_size, max_length or loss_chunk_size"
+    return f"internal error: {type(error).__name__}: {reason}. This is not your mistake: --debug shows where, please report it"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from speckd.errors import DataError
 from speckd.settings import RunArguments
 
 SHAPES = "prompt and completion; messages; text"
-_KEPT = ("prompt", "completion", "messages", "tools", "chat_template_kwargs", "input_ids", "labels", "completion_mask")
 _SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev", "eval", "test")}
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -81,14 +80,12 @@ def _from_file(path: Path) -> Dataset:
         raise DataError(f"{path}: files that end in '{path.suffix}' are not read", f"Use {', '.join(_SUFFIXES)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty", "Give at least one row")
+    if path.suffix == ".jsonl":
+        _require_json_lines(path)
     try:
         if path.suffix == ".parquet":
             return Dataset.from_parquet(str(path))
-        if path.suffix == ".jsonl":
-            _require_json_lines(path)
         return Dataset.from_json(str(path))
-    except DataError:
-        raise
     except Exception as error:  # the reader's errors are many and undocumented
         raise DataError(
             f"{path}: cannot be read ({_innermost(error)})", "Check that every row has the same fields and types"
@@ -96,16 +93,22 @@ def _from_file(path: Path) -> Dataset:
 
 
 def _require_json_lines(path: Path) -> None:
+    rows = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            rows += 1
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
                 raise DataError(f"{path}:{number}: not JSON ({error})", "Write one JSON object a line") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: not a JSON object", 'Write {"prompt": ..., "completion": ...}')
+            if not row:
+                raise DataError(f"{path}:{number}: the object is empty", 'Write {"prompt": ..., "completion": ...}')
+    if not rows:
+        raise DataError(f"{path}: only blank lines", "Give at least one row")
 
 
 def _from_hub(name: str, config: str | None, split: str) -> Dataset:
@@ -128,15 +131,7 @@ def _checked(data: Dataset, name: str, run: RunArguments, text_field: str) -> Da
     """The known columns, renamed as asked, every row of the type that its shape needs."""
     if not len(data):
         raise DataError(f"{name}: no rows", "Give at least one")
-    for wanted, given in (("prompt", run.dataset_prompt_column), ("completion", run.dataset_completion_column)):
-        if given is not None and given != wanted:
-            if given not in data.column_names:
-                raise DataError(
-                    f"{name}: there is no column '{given}' (dataset_{wanted}_column)",
-                    f"There is: {', '.join(data.column_names)}",
-                )
-            data = data.remove_columns(wanted) if wanted in data.column_names else data
-            data = data.rename_column(given, wanted)
+    data = _renamed(data, name, {"prompt": run.dataset_prompt_column, "completion": run.dataset_completion_column})
     columns = set(data.column_names)
     if {"prompt", "completion"} <= columns:
         _require_types(data, name, ("prompt", "completion"))
@@ -148,6 +143,7 @@ def _checked(data: Dataset, name: str, run: RunArguments, text_field: str) -> Da
         _require_types(data, name, (text_field,))
         used = {text_field}
     elif "input_ids" in columns:
+        _require_ids(data, name)
         used = {"input_ids"}
     else:
         raise DataError(
@@ -158,12 +154,46 @@ def _checked(data: Dataset, name: str, run: RunArguments, text_field: str) -> Da
     return data.select_columns([c for c in data.column_names if c in used | extras])
 
 
+def _renamed(data: Dataset, name: str, wanted: dict[str, str | None]) -> Dataset:
+    """The named columns as prompt and completion, both at once, so that two may also change places."""
+    sources = {target: given for target, given in wanted.items() if given is not None}
+    for target, given in sources.items():
+        if given not in data.column_names:
+            raise DataError(
+                f"{name}: there is no column '{given}' (dataset_{target}_column)",
+                f"There is: {', '.join(data.column_names)}",
+            )
+    if len(set(sources.values())) < len(sources):
+        raise DataError(
+            f"{name}: dataset_prompt_column and dataset_completion_column both name '{sources['prompt']}'", "Give two columns"
+        )
+    replaced = [target for target in sources if target in data.column_names and target not in sources.values()]
+    names = {given: target for target, given in sources.items()}
+    data = data.remove_columns(replaced)
+    if not set(data.column_names) - names.keys() & set(names.values()):
+        return data.rename_columns(names)
+    raise DataError(f"{name}: '{', '.join(names)}' would be named twice", "Rename the columns in the file")
+
+
+def _require_ids(data: Dataset, name: str) -> None:
+    for number, row in enumerate(data, 1):
+        ids = row["input_ids"]
+        if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise DataError(f"{name}: row {number}: input_ids is {_brief(ids)}", "Give a list of token ids")
+        for other in ("labels", "completion_mask"):
+            if row.get(other) is not None and len(row[other]) != len(ids):
+                raise DataError(
+                    f"{name}: row {number}: {len(row[other])} {other} for {len(ids)} input_ids", "Give one for each token"
+                )
+
+
 def _require_types(data: Dataset, name: str, columns: tuple[str, ...]) -> None:
     kinds = (str, list) if columns != (columns[0],) else (str,)
     for number, row in enumerate(data, 1):
         for column in columns:
-            if not isinstance(row[column], kinds):
-                raise DataError(f"{name}: row {number}: {column} is {_brief(row[column])}", "Give text in every row")
+            value = row[column]
+            if not isinstance(value, kinds) or (isinstance(value, list) and not _are_messages(value)):
+                raise DataError(f"{name}: row {number}: {column} is {_brief(value)}", "Give text in every row")
         if len({type(row[column]) for column in columns}) > 1:
             raise DataError(
                 f"{name}: row {number}: prompt and completion are not both text or both messages", "Give both alike"
@@ -173,11 +203,23 @@ def _require_types(data: Dataset, name: str, columns: tuple[str, ...]) -> None:
 def _require_messages(data: Dataset, name: str) -> None:
     for number, row in enumerate(data, 1):
         messages = row["messages"]
-        good = isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get("role") for m in messages)
-        if not good:
+        if not _are_messages(messages):
             raise DataError(
                 f"{name}: row {number}: messages is {_brief(messages)}", 'Give a list of {"role": ..., "content": ...}'
             )
+
+
+def _are_messages(value: Any) -> bool:
+    """A list of turns, each with a role and something said (or a tool called)."""
+    if not isinstance(value, list) or not value:
+        return False
+    turns = [turn if isinstance(turn, dict) else {} for turn in value]
+    return all(isinstance(t.get("role"), str) and (t.get("content") is not None or t.get("tool_calls")) for t in turns)
+
+
+def is_conversational(data: Dataset) -> bool:
+    """Are its rows messages, which only a chat template turns into text?"""
+    return "messages" in data.column_names or ("prompt" in data.column_names and isinstance(data[0]["prompt"], list))
 
 
 def _brief(value: Any) -> str:

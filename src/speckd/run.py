@@ -3,22 +3,27 @@
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from speckd.compatibility import require_same_tokens
 from speckd.config import nearest
-from speckd.data import load_data
+from speckd.data import is_conversational, load_data
 from speckd.errors import ConfigError, DataError
+from speckd.gates import Inverted, LabelInTopK, MatchedRandom, TopK, TwoSided
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, Settings, load_settings
-from speckd.trainer import SpecKDTrainer
+from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
@@ -49,21 +54,15 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
     output = _output_folder(settings)
     _check_models_exist(settings)
     train_data, held_out = load_data(settings.run, settings.training.dataset_text_field)
-    tokenizer, teacher_tokenizer = _tokenizers(settings, train_data.column_names)
+    if held_out is None and settings.training.eval_strategy != "no":
+        raise ConfigError(
+            f"eval_strategy is {settings.training.eval_strategy.value}, but nothing is held out",
+            "Give eval_dataset, or set eval_strategy: no",
+        )
+    tokenizers = _tokenizers(settings, is_conversational(train_data))
     checkpoint = _checkpoint(settings, output)
     _announce(settings, len(train_data), 0 if held_out is None else len(held_out))
-
-    trainer = SpecKDTrainer(
-        model=_student(settings.model),
-        teacher_model=settings.training.teacher_model_name_or_path,
-        args=settings.training,
-        train_dataset=train_data,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        teacher_processing_class=teacher_tokenizer,
-        peft_config=get_peft_config(settings.model),
-        callbacks=[TrainingLog(output / "training_log.jsonl")],
-    )
+    trainer = _trainer(settings, output, train_data, held_out, tokenizers)
     _describe(trainer)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
@@ -80,16 +79,75 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
     return output
 
 
+def _trainer(
+    settings: Settings, output: Path, train_data: Dataset, held_out: Dataset | None, tokenizers: tuple[Any, Any]
+) -> SpecKDTrainer:
+    """Loads both models and prepares the data; refused, it leaves no folder behind."""
+    student_name, teacher_name = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
+    student = _loaded("model_name_or_path", str(student_name), lambda: _student(settings.model))
+    teacher = None
+    if teacher_name is not None:
+        teacher = _loaded(
+            "teacher_model_name_or_path",
+            teacher_name,
+            lambda: load_teacher(teacher_name, settings.training, student.dtype),
+        )
+    with _nothing_left_behind(output):
+        try:
+            return SpecKDTrainer(
+                model=student,
+                teacher_model=teacher,
+                args=settings.training,
+                train_dataset=train_data,
+                eval_dataset=held_out,
+                processing_class=tokenizers[0],
+                teacher_processing_class=tokenizers[1],
+                peft_config=get_peft_config(settings.model),
+                callbacks=[TrainingLog(output / "training_log.jsonl")],
+            )
+        except (ValueError, ImportError, OSError) as error:  # how TRL, PEFT and Transformers refuse a setting
+            raise ConfigError(_reason(error), "Correct the setting named there") from error
+
+
+def _loaded(key: str, name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # missing, cut short, of an unknown kind, a setting it does not take: all look different
+        raise ConfigError(f"{key}: {name} cannot be loaded ({_reason(error)})", "Check its files and settings") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What a library says, in one line."""
+    return " ".join(str(error).split())[:240].rstrip(". ") or type(error).__name__
+
+
+@contextmanager
+def _nothing_left_behind(output: Path) -> Iterator[None]:
+    """Removes the output folder that the Trainer makes early, if it was not there before and what follows is refused."""
+    was_there = output.exists()
+    try:
+        yield
+    except BaseException:
+        if not was_there and output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
+        raise
+
+
 # ---- checks before anything is loaded --------------------------------------------------------------------------------------
 
 
 def _output_folder(settings: Settings) -> Path:
-    if settings.training.output_dir is None:
+    if settings.given.get("output_dir") is None:  # Transformers would write into ./trainer_output
         raise ConfigError("output_dir is not set", "Say where the student goes: --output_dir FOLDER")
-    output = Path(settings.training.output_dir)
+    output = Path(str(settings.training.output_dir))
+    blocking = next((p for p in output.parents if p.exists() and not p.is_dir()), None)
+    if blocking is not None:
+        raise ConfigError(f"output_dir: {blocking} is a file, so there can be no {output}", "Choose another folder")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir: {output} is a file", "Choose a folder")
-    free = settings.run.overwrite_output_dir or settings.training.resume_from_checkpoint
+    free = settings.run.overwrite_output_dir or _resumes(settings)
     if output.exists() and any(output.iterdir()) and not free:
         raise ConfigError(
             f"output_dir: {output} exists and is not empty",
@@ -131,13 +189,12 @@ def _require_model(key: str, name: str) -> None:
     try:
         AutoConfig.from_pretrained(name)
     except Exception as error:  # offline, missing and gated all look different
-        reason = (str(error).strip().splitlines() or [""])[0][:160]
         raise ConfigError(
-            f"{key}: '{name}' is neither a folder here nor to be had from the hub ({reason})", "Check it"
-        ) from None
+            f"{key}: '{name}' is neither a folder here nor to be had from the hub ({_reason(error)})", "Check it"
+        ) from error
 
 
-def _tokenizers(settings: Settings, columns: list[str]) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
+def _tokenizers(settings: Settings, conversational: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
     student, teacher = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
     assert student is not None
     own = _tokenizer("model_name_or_path", student, settings.model.model_revision)
@@ -145,11 +202,15 @@ def _tokenizers(settings: Settings, columns: list[str]) -> tuple[PreTrainedToken
         own.pad_token = own.eos_token
     if own.eos_token is None:
         raise DataError("the student's tokenizer has no end token: a student could not learn to stop", "Set its eos_token")
-    if "messages" in columns and own.chat_template is None and settings.training.chat_template_path is None:
+    template = settings.training.chat_template_path
+    if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
+        raise ConfigError(f"chat_template_path: there is no file {template}", "Check the path")
+    if conversational and own.chat_template is None and template is None:
         raise DataError(
             "the data holds messages, but the student's tokenizer has no chat template",
             "Give chat_template_path, or data in prompt and completion",
         )
+    _require_k_below(settings, len(own))
     if teacher is None:
         return own, None
     theirs = _tokenizer("teacher_model_name_or_path", teacher, settings.training.teacher_model_revision or "main")
@@ -157,18 +218,33 @@ def _tokenizers(settings: Settings, columns: list[str]) -> tuple[PreTrainedToken
     return own, theirs
 
 
+def _require_k_below(settings: Settings, tokens: int) -> None:
+    gate: Any = settings.training.objective().gate
+    gate = gate.gate if isinstance(gate, (Inverted, MatchedRandom)) else gate
+    if isinstance(gate, (TopK, TwoSided, LabelInTopK)) and gate.verify_top_k >= tokens:
+        raise ConfigError(
+            f"gate_options: verify_top_k is {gate.verify_top_k}, but the vocabulary has {tokens} tokens: nothing is rejected",
+            "Lower it, or --recipe ungated",
+        )
+
+
 def _tokenizer(key: str, name: str, revision: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:  # as above
-        reason = (str(error).strip().splitlines() or [""])[0][:160]
-        raise ConfigError(f"{key}: no tokenizer can be loaded from {name} ({reason})", "Save one beside the model") from None
+        raise ConfigError(
+            f"{key}: no tokenizer can be loaded from {name} ({_reason(error)})", "Save one beside the model"
+        ) from error
+
+
+def _resumes(settings: Settings) -> bool:
+    return str(settings.training.resume_from_checkpoint).lower() not in ("none", "false", "no")
 
 
 def _checkpoint(settings: Settings, output: Path) -> str | None:
     """The checkpoint to go on from: the one named, or the last; refused where the settings have changed."""
     wanted = settings.training.resume_from_checkpoint
-    if not wanted or str(wanted).lower() == "false":
+    if not _resumes(settings):
         return None
     last = get_last_checkpoint(str(output)) if output.is_dir() else None
     found = last if str(wanted).lower() == "true" else str(wanted)

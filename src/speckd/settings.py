@@ -3,7 +3,10 @@
 import argparse
 import dataclasses
 import json
+import math
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +21,16 @@ from speckd.errors import ConfigError
 
 DEFAULT_RECIPE = "label-ratio"
 _METHOD_KEYS = {"gate", "rejected", "divergence", "label_loss_weight", "recipe"}
+_ANY_SEED = (0, 2**32 - 1)
+#: Numbers that Transformers, TRL or PEFT take unseen, and that would train nothing or end in a traceback: lowest, highest.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("seed", "data_seed", "gate_seed"), _ANY_SEED),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_rows", "starvation_patience", "lora_r"), (1, math.inf)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs"), (0, math.inf)),
+    **dict.fromkeys(("lora_dropout", "starvation_threshold"), (0, 1)),
+    "max_length": (2, math.inf),
+}
 
 
 @dataclass
@@ -55,7 +68,7 @@ def recipe_names() -> list[str]:
 
 def recipe_text(name: str) -> str:
     if name not in recipe_names():
-        raise ConfigError(f"recipe: there is no recipe '{name}'", nearest(name, recipe_names()))
+        raise ConfigError(f"recipe: there is no recipe '{name}'", nearest(str(name), recipe_names()))
     return files("speckd").joinpath("recipes", f"{name}.yaml").read_text()
 
 
@@ -79,6 +92,7 @@ def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> 
         merged |= values
         origin |= dict.fromkeys(values, name)
     training, model, run = _typed(merged, origin)
+    _require_ranges(training, model, run, origin)
     return Settings(training, model, run, merged, chosen)
 
 
@@ -98,6 +112,8 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
         seen.add(key)
@@ -116,6 +132,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f"{path}:{line + 1}" if line is not None else str(path)
         raise ConfigError(f"{where}: {getattr(error, 'problem', None) or 'not readable as YAML'}", "Correct the YAML") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deep", "Write one setting a line") from None
+    if values is None:
+        raise ConfigError(f"{path}: the file is empty", "Write one setting a line, such as 'learning_rate: 1e-4'")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a list of 'key: value' lines", "Write one setting a line")
     return {str(key): value for key, value in values.items()}
@@ -154,7 +174,24 @@ def _require_known(source: str, values: dict[str, Any]) -> None:
     known = list(all_keys())
     for key in values:
         if key not in known:
-            raise ConfigError(f"{source}: '{key}' is not a setting", f"{nearest(key, known)} (speckd options lists all)")
+            close = get_close_matches(key, known, n=1, cutoff=0.5)
+            fix = f"Did you mean '{close[0]}'?" if close else "Remove it"
+            raise ConfigError(f"{source}: '{key}' is not a setting", f"{fix} (speckd options lists all)")
+
+
+def _require_ranges(training: SpecKDConfig, model: ModelConfig, run: RunArguments, origin: dict[str, str]) -> None:
+    for key, source in origin.items():
+        value = next(getattr(group, key) for group in (run, training, model) if hasattr(group, key))
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        lowest, highest = _RANGES.get(key, (-math.inf, math.inf))
+        if key == "max_steps" and (value == 0 or value < -1):
+            raise ConfigError(f"{source}: max_steps is {value}", "Give at least 1, or leave it out to train num_train_epochs")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{source}: {key} is {value}", "Give a finite number")
+        if not lowest <= value <= highest:
+            limits = f"at least {lowest:g}" if highest == math.inf else f"between {lowest:g} and {highest:g}"
+            raise ConfigError(f"{source}: {key} is {value}", f"Give a number {limits}")
 
 
 class _Parser(HfArgumentParser):
@@ -169,7 +206,7 @@ def _typed(merged: dict[str, Any], origin: dict[str, str]) -> tuple[SpecKDConfig
         if value is None:
             continue
         if isinstance(value, dict):
-            words += [f"--{key}", json.dumps(value)]
+            words += [f"--{key}", json.dumps(value, default=str)]
         elif isinstance(value, (list, tuple)):
             words += [f"--{key}", *map(str, value)]
         elif value is False and not _is_flag(key):
@@ -185,12 +222,20 @@ def _typed(merged: dict[str, Any], origin: dict[str, str]) -> tuple[SpecKDConfig
         for key in shared:  # asked by both, such as trust_remote_code
             if key in merged:
                 rest += [f"--{key}", str(merged[key])]
+        _require_single_values(merged, origin, [a for one in (parser, model_parser) for a in one._actions])
         training, run = parser.parse_args_into_dataclasses(rest)
         return training, ModelConfig(**vars(model_namespace)), run
     except argparse.ArgumentError as error:
         raise _type_error(str(error), merged, origin) from None
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error).strip().splitlines()[0].rstrip("."), "Correct the settings named there") from None
+
+
+def _require_single_values(merged: dict[str, Any], origin: dict[str, str], actions: list[argparse.Action]) -> None:
+    many = {action.dest for action in actions if action.nargs == "+"}
+    for key, value in merged.items():
+        if isinstance(value, list) and len(value) > 1 and key not in many:
+            raise ConfigError(f"{origin[key]}: {key}: {value!r} does not fit (one value expected)", "Give a single value")
 
 
 def _is_flag(key: str) -> bool:
@@ -201,6 +246,6 @@ def _is_flag(key: str) -> bool:
 def _type_error(message: str, merged: dict[str, Any], origin: dict[str, str]) -> ConfigError:
     for key in sorted(merged, key=len, reverse=True):
         if f"--{key}" in message:
-            reason = message.split(": ", 1)[-1]
+            reason = message.split(": ", 1)[-1].rstrip(".")
             return ConfigError(f"{origin[key]}: {key}: {merged[key]!r} does not fit ({reason})", "Give a value of that type")
     return ConfigError(message, "Correct the settings named there")

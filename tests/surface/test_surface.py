@@ -1,14 +1,20 @@
 """What users type and scripts read does not change by accident."""
 
 import dataclasses
+from pathlib import Path
 
+import pytest
 from trl import SFTConfig
 
 from speckd.arguments import SpecKDConfig
 from speckd.cli import main
 from speckd.config import DIVERGENCES, GATES, REJECTED
+from speckd.errors import SpeckdError
 from speckd.metrics import AcceptanceTally, StarvationWatch
+from speckd.run import _resumes
 from speckd.settings import RunArguments, load_settings, recipe_names
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_names_are_frozen() -> None:
@@ -71,6 +77,41 @@ def test_help_recipes_and_options_answer(capsys) -> None:
     assert main(["recipes"]) == 0 and "label-ratio (default)" in capsys.readouterr().out
     assert main(["options", "gate"]) == 0 and "gate_options" in capsys.readouterr().out
     assert main(["--version"]) == 0 and main(["trian"]) == 2
+
+
+def failing(error: BaseException):
+    def run(*_: object) -> None:
+        raise error
+
+    return run
+
+
+def test_our_own_mistakes_and_interrupts_have_their_codes(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("speckd.run.train", failing(TypeError("first\nsecond")))
+    assert main(["train"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "internal error: TypeError: first." in said and "--debug" in said
+    monkeypatch.setattr("speckd.run.train", failing(KeyboardInterrupt()))
+    assert main(["train"]) == 130
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--debug", "train"], ["train", "--debug"], ["train", "--debug", "--seed", "1"]])
+def test_debug_shows_the_traceback_wherever_it_stands(words: list[str], monkeypatch) -> None:
+    monkeypatch.setattr("speckd.run.train", failing(SpeckdError("what", "fix")))
+    with pytest.raises(SpeckdError):
+        main(words)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_example_files_are_valid_settings(path: Path) -> None:
+    found = load_settings(path, None, [])
+    assert found.training.teacher_model_name_or_path and found.run.dataset_name and found.given["output_dir"]
+
+
+def test_not_resuming_can_be_said(tmp_path) -> None:
+    flags = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "false"]
+    assert not _resumes(load_settings(None, None, flags))
 
 
 def test_the_starvation_watch_waits_says_it_once_and_forgets() -> None:
