@@ -103,10 +103,13 @@ def run(output_dir: Path, seeds: int = 3, steps: int = 300) -> None:
             for found in pool.imap_unordered(_work, [(job, work) for job in group]):
                 results.append(found)
                 progress.advance(bar, found["job"]["steps"])
-    results.sort(
-        key=lambda found: (found["job"]["seed"], found["job"]["teacher"], list(METHODS).index(found["job"]["method"] or "SFT"))
-    )
+    results.sort(key=lambda found: _place(found["job"]))
     finish(work, output_dir, results, console)
+
+
+def _place(job: dict[str, Any]) -> tuple[int, int, int]:
+    """Seeds, then teachers, then methods, as they stand above: the order of the table."""
+    return job["seed"], list(TEACHERS).index(job["teacher"]), list(METHODS).index(job["method"] or "SFT")
 
 
 def finish(work: Path, output_dir: Path, results: list[dict[str, Any]], console: Console) -> None:
