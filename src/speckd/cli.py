@@ -118,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = 130
     if code == 130:  # typer turns the interrupt into this
-        print("interrupted; training goes on from its last checkpoint with --resume_from_checkpoint true", file=sys.stderr)
+        resumes = "; training goes on from its last checkpoint with --resume_from_checkpoint true" if "train" in words else ""
+        print(f"interrupted{resumes}", file=sys.stderr)
     return code
 
 

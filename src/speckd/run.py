@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from speckd.compatibility import require_same_tokens
@@ -51,6 +52,7 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         SpeckdError: for whatever the user can mend; no output folder has been made then, unless training had begun.
     """
     settings = load_settings(config, recipe, flags)
+    _say_things_once(settings)
     output = _output_folder(settings)
     _check_models_exist(settings)
     train_data, held_out = load_data(settings.run, settings.training.dataset_text_field)
@@ -76,7 +78,19 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         _publish(settings, trainer, output, start, end)
+    trainer.accelerator.wait_for_everyone()  # all leave together: none dies of a connection that another has closed
+    trainer.accelerator.end_training()
     return output
+
+
+def _say_things_once(settings: Settings) -> None:
+    """Of several processes only the first speaks; `disable_tqdm` also silences the bars of loading and preparing."""
+    first = settings.training.local_process_index == 0
+    if not first:
+        logging.getLogger("speckd").setLevel(logging.ERROR)
+    if settings.training.disable_tqdm or not first:
+        disable_progress_bars()
+        transformers_logging.disable_progress_bar()
 
 
 def _trainer(

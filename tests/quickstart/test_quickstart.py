@@ -1,10 +1,12 @@
 """The quickstart: its teacher, its measures, its words."""
 
+import io
 import json
 import shutil
 
 import pytest
 import torch
+from rich.console import Console
 
 from speckd.cli import main
 from speckd.errors import ConfigError, SpeckdError
@@ -65,11 +67,11 @@ def test_block_efficiency_is_that_of_real_speculative_decoding() -> None:
         assert block_efficiency([matches]) == pytest.approx(20 / calls)
 
 
-def _runs(masked: list[float], ours: list[float]) -> list[dict]:
+def _runs(mask: list[float], ours: list[float]) -> list[dict]:
     runs = []
     for method, teacher in (("SFT", "clean"), *((m, t) for t in compare.TEACHERS for m in compare.METHODS if m != "SFT")):
-        for seed, _ in enumerate(masked):
-            value = masked[seed] if "masked" in method else ours[seed] if method.startswith("label ratio") else 0.5
+        for seed, _ in enumerate(mask):
+            value = mask[seed] if "mask" in method else ours[seed] if method.startswith("label ratio") else 0.5
             measures = dict.fromkeys(report.COLUMNS, value)
             curve = [{"step": s, "loss": 1.0, "tar": 0.5} for s in (10, 20)]
             runs.append({"job": {"method": method, "teacher": teacher, "seed": seed}, "measures": measures, "curve": curve})
@@ -77,12 +79,29 @@ def _runs(masked: list[float], ours: list[float]) -> list[dict]:
 
 
 def test_the_sentence_says_what_the_numbers_say(tmp_path) -> None:
+    """0.4 is lower than ungated's 0.5: worse as an accuracy, better as a divergence; 0.6 the other way."""
     said = report.sentence(_runs([0.40, 0.41, 0.39], [0.60, 0.61, 0.59]))
-    assert "-10.0 points [-12.5, -7.5] (worse)" in said and "+10.0 points [+7.5, +12.5] (better)" in said
+    for teacher in compare.TEACHERS:
+        part = said.split(f"with the {teacher} teacher ")[1]
+        assert part.startswith(
+            "masking what the gate rejects changed KL to the clean teacher by -0.100 [-0.125, -0.075] (better)"
+        )
+        assert "accuracy by -0.100 [-0.125, -0.075] (worse), and the label ratio" in part
+        assert "+0.100 [+0.075, +0.125] (worse) and accuracy by +0.100 [+0.075, +0.125] (better)" in part
     assert "not clearly different" in report.sentence(_runs([0.40, 0.60, 0.50], [0.5, 0.5, 0.5]))
     assert "one seed" in report.sentence(_runs([0.4], [0.6]))
     report.draw(_runs([0.4, 0.5], [0.6, 0.5]), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_the_table_fits_a_terminal_of_80_columns() -> None:
+    shown = []
+    for width in (80, 300):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(report.rich_table(_runs([0.40, 0.41, 0.39], [3.60, 3.61, 3.59])))
+        shown.append([line.rstrip() for line in console.export_text().splitlines()])
+    assert shown[0] == shown[1]  # nothing was cut or wrapped for want of room
+    assert all(name in "\n".join(shown[0]) for name in [*report.COLUMNS.values(), *compare.TEACHERS])
 
 
 def test_stored_logits_are_the_teachers_at_the_right_token(tmp_path) -> None:
@@ -138,3 +157,5 @@ def test_a_short_quickstart_leaves_table_curves_and_students(tmp_path, monkeypat
     students = sorted((output / "students").iterdir())
     assert len(students) == 10 and AutoModelForCausalLM.from_pretrained(students[0]) is not None
     assert "label ratio, label" in capsys.readouterr().out
+    rows = [line.split(" | ")[:2] for line in (output / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:4] == [["| SFT", "none"], ["| ungated", "clean"]] and rows[-1] == ["| label ratio, label", "25 % unreliable"]

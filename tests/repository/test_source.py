@@ -24,7 +24,7 @@ GLOBAL_DRAWS = {
     "geometric_", "cauchy_", "dropout",
 }  # fmt: skip
 #: Submodules that Transformers documents for use.
-DOCUMENTED = {"transformers.trainer_utils"}
+DOCUMENTED = {"transformers.trainer_utils", "transformers.utils"}
 PRIVATE_HOME = PACKAGE / "trl_internals.py"
 
 

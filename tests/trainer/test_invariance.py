@@ -82,7 +82,18 @@ def test_padding_free_and_packed_are_the_padded_run(world: World, tmp_path: Path
 def test_two_processes_are_one(world: World, tmp_path: Path, method: str) -> None:
     one = train(world, tmp_path / "one", *METHODS[method], "--per_device_train_batch_size", "8")
     flags = common_flags(world.student, world.teacher, world.data, tmp_path / "two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "speckd.cli", "train", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "speckd.cli",
+        "train",
+        *flags,
+    ]
     command += [*METHODS[method], "--max_steps", str(STEPS), "--per_device_train_batch_size", "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-20_000:]

@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import statistics
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from speckd.policies import Label, Mask
 from speckd.quickstart import report
 from speckd.quickstart.data import Encoded, collate, encode
 from speckd.quickstart.evaluation import accuracy, block_efficiency, generate_greedy
-from speckd.quickstart.models import llama, load_teacher
+from speckd.quickstart.models import llama, load_teacher, quiet_loading
 from speckd.tasks import distinct, stream
 from speckd.teachers import ScrambledTeacher
 from speckd.tokens import SupervisedRows, TokenBatch
@@ -36,11 +37,12 @@ TRAIN_EXAMPLES, TEST_EXAMPLES = 6000, 300
 BATCH_SIZE, START_STEPS, LEARNING_RATE = 32, 1500, 2e-3
 STUDENT = {"hidden": 48, "layers": 2, "heads": 4}
 UNRELIABLE = 0.25
+STORED = ("teacher.safetensors", "teacher-texts.json")  # what the teacher said, kept while students are trained
 
 METHODS: dict[str, Objective] = {
     "SFT": Objective(label_loss_weight=1.0),
     "ungated": Objective(NoGate(), Mask()),
-    "Top-5, masked (paper)": Objective(TopK(5), Mask()),
+    "Top-5, mask (paper)": Objective(TopK(5), Mask()),
     "Top-5, label": Objective(TopK(5), Label()),
     "label ratio, label": Objective(LabelRatio(), Label()),
 }
@@ -93,18 +95,31 @@ def run(output_dir: Path, seeds: int = 3, steps: int = 300) -> None:
     console.print(
         f"A shipped teacher, students of a quarter of a megabyte, {len(METHODS)} methods, {seeds} seeds, {steps} steps each."
     )
-    _store_teacher(work)
-    starts = [Job(seed, START_STEPS) for seed in range(seeds)]
-    jobs = [Job(s, steps, m, t) for s in range(seeds) for t in TEACHERS for m in METHODS if not (m == "SFT" and t != "clean")]
-    results: list[dict[str, Any]] = []
-    with Progress(console=console) as progress, multiprocessing.get_context("spawn").Pool(2, _one_thread) as pool:
-        bar = progress.add_task("training", total=START_STEPS * len(starts) + steps * len(jobs))
-        for group in (starts, jobs):
-            for found in pool.imap_unordered(_work, [(job, work) for job in group]):
-                results.append(found)
-                progress.advance(bar, found["job"]["steps"])
+    with console.status("the teacher reads the training data"):
+        _store_teacher(work)
+    results = _train_all(work, seeds, steps, console)
     results.sort(key=lambda found: _place(found["job"]))
     finish(work, output_dir, results, console)
+
+
+def _train_all(work: Path, seeds: int, steps: int, console: Console) -> list[dict[str, Any]]:
+    """All runs by two workers; a seed's methods begin as soon as their common start is there."""
+    methods = [(m, t) for t in TEACHERS for m in METHODS if not (m == "SFT" and t != "clean")]
+    results: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    done_steps = context.Value("q", 0)
+    with Progress(console=console) as progress, ProcessPoolExecutor(2, context, _begin, (done_steps,)) as pool:
+        bar = progress.add_task("training", total=seeds * (START_STEPS + steps * len(methods)))
+        waiting: set[Future] = {pool.submit(_work, Job(seed, START_STEPS), work) for seed in range(seeds)}
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            progress.update(bar, completed=done_steps.value)
+            for found in (future.result() for future in finished):
+                results.append(found)
+                if found["job"]["method"] is None:
+                    seed = found["job"]["seed"]
+                    waiting |= {pool.submit(_work, Job(seed, steps, m, t), work) for m, t in methods}
+    return results
 
 
 def _place(job: dict[str, Any]) -> tuple[int, int, int]:
@@ -114,7 +129,8 @@ def _place(job: dict[str, Any]) -> tuple[int, int, int]:
 
 def finish(work: Path, output_dir: Path, results: list[dict[str, Any]], console: Console) -> None:
     """Writes the reports, keeps the first seed's students, and gives the folder its name."""
-    (work / "teacher.safetensors").unlink()
+    for name in STORED:
+        (work / name).unlink()
     for folder in work.glob("students/*"):
         if not folder.name.endswith("seed0"):
             shutil.rmtree(folder)
@@ -126,7 +142,8 @@ def finish(work: Path, output_dir: Path, results: list[dict[str, Any]], console:
         output_dir.rmdir()
     work.rename(output_dir)
     console.print(report.rich_table(runs))
-    console.print(report.sentence(runs))
+    console.print(report.legend(runs) + "\n")
+    console.print(report.sentence(runs) + "\n")
     console.print(
         f"Curves: {output_dir / 'curves.png'}; students: {output_dir / 'students'}; every number: {output_dir / 'results.json'}"
     )
@@ -134,8 +151,20 @@ def finish(work: Path, output_dir: Path, results: list[dict[str, Any]], console:
                   "--dataset_name DATA.jsonl --output_dir OUT")  # fmt: skip
 
 
-def _one_thread() -> None:
+#: In a worker: how many steps all workers have done, for the progress bar.
+_done_steps: Any = None
+
+
+def _begin(done_steps: Any) -> None:
+    global _done_steps  # noqa: PLW0603  (a worker's only state, set once)
+    _done_steps = done_steps
     torch.set_num_threads(1)  # two workers share two cores
+    quiet_loading()
+
+
+def _count_step() -> None:
+    with _done_steps.get_lock():
+        _done_steps.value += 1
 
 
 def _train_examples(tokenizer: Any) -> list[Encoded]:
@@ -144,7 +173,8 @@ def _train_examples(tokenizer: Any) -> list[Encoded]:
 
 @torch.no_grad()
 def _store_teacher(work: Path) -> None:
-    """The clean teacher's logits at every supervised token, in the order of samples and positions."""
+    """The clean teacher's logits at every supervised token, in the order of samples and positions; its own test answers."""
+    quiet_loading()
     teacher, tokenizer = load_teacher()
     encoded, pieces = _train_examples(tokenizer), []
     for start in range(0, len(encoded), 200):
@@ -152,23 +182,25 @@ def _store_teacher(work: Path) -> None:
         rows = supervised_rows(batch)
         hidden = teacher.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state.flatten(0, 1)
         pieces.append(LMHead.from_model(teacher)(hidden[rows.index]))
-    save_file({"logits": torch.cat(pieces)}, work / "teacher.safetensors")
+    save_file({"logits": torch.cat(pieces)}, work / STORED[0])
+    asked = encode(distinct("test", TEST_EXAMPLES, LEVEL), tokenizer)
+    texts = generate_greedy(teacher, asked, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    (work / STORED[1]).write_text(json.dumps(texts))
 
 
-def _work(task: tuple[Job, Path]) -> dict[str, Any]:
+def _work(job: Job, work: Path) -> dict[str, Any]:
     """One job in a worker: train, measure, keep the student."""
-    job, work = task
     teacher, tokenizer = load_teacher()
     encoded = _train_examples(tokenizer)
     if job.method is None:
         student = llama(len(tokenizer), seed=job.seed, **STUDENT)
     else:
         student = type(teacher).from_pretrained(work / "students" / Job(job.seed, 0).name)
-    logits = load_file(work / "teacher.safetensors")["logits"]
+    logits = load_file(work / STORED[0])["logits"]
     curve = _train(student, job, encoded, logits, tokenizer.pad_token_id)
     student.save_pretrained(work / "students" / job.name)
     tokenizer.save_pretrained(work / "students" / job.name)
-    measures = _measure(student, teacher, tokenizer) if job.method else {}
+    measures = _measure(student, teacher, tokenizer, json.loads((work / STORED[1]).read_text())) if job.method else {}
     return {"job": asdict(job), "measures": measures, "curve": curve}
 
 
@@ -203,6 +235,7 @@ def _train(student: Any, job: Job, encoded: list[Encoded], logits: Tensor, pad: 
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        _count_step()
         tally.add(output)
         losses.append(float(output.sum.detach() / output.count))
         if step % 10 == 0 or step == job.steps:
@@ -224,7 +257,7 @@ def _rate(tally: AcceptanceTally) -> dict[str, float]:
     return {"tar": found["tar"]} if "tar" in found else {}
 
 
-def _measure(student: Any, teacher: Any, tokenizer: Any) -> dict[str, float]:
+def _measure(student: Any, teacher: Any, tokenizer: Any, teacher_texts: list[list[int]]) -> dict[str, float]:
     """Held-out measures against the clean teacher, by one rule for all methods."""
     student.eval()
     examples = distinct("test", TEST_EXAMPLES, LEVEL)
@@ -232,14 +265,13 @@ def _measure(student: Any, teacher: Any, tokenizer: Any) -> dict[str, float]:
     found = evaluate(student, teacher, None, [collate(encoded, tokenizer.pad_token_id)])
     answers = generate_greedy(student, encoded, tokenizer.eos_token_id, tokenizer.pad_token_id)
     found |= accuracy(examples, tokenizer.batch_decode(answers))
-    return found | {"tau": block_efficiency(_matches(student, teacher, encoded, tokenizer))}
+    return found | {"tau": block_efficiency(_matches(student, encoded, teacher_texts, tokenizer))}
 
 
 @torch.no_grad()
-def _matches(student: Any, teacher: Any, encoded: list[Encoded], tokenizer: Any) -> list[Tensor]:
+def _matches(student: Any, encoded: list[Encoded], texts: list[list[int]], tokenizer: Any) -> list[Tensor]:
     """For each prompt, where the student's greedy token is the teacher's, along the teacher's greedy completion."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    texts = generate_greedy(teacher, encoded, end, pad)
     written = [
         Encoded([*e.ids[: e.prompt_length], *t, end], e.prompt_length, e.sample) for e, t in zip(encoded, texts, strict=True)
     ]

@@ -34,6 +34,13 @@ def llama(vocabulary_size: int, hidden: int, layers: int, heads: int, seed: int)
     return LlamaForCausalLM(config)
 
 
+def quiet_loading() -> None:
+    """No bar for every load and save of a model that takes milliseconds."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
