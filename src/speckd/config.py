@@ -41,6 +41,13 @@ DIVERGENCES: Mapping[str, Callable[..., Any]] = {
     "todi": lambda: divergences.todi,
 }
 
+#: What the fields of gates, policies and divergences may be, in words and for isinstance.
+_KINDS: Mapping[Any, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    bool: ("true or false", (bool,)),
+}
+
 Options = dict[str, Any] | str
 
 
@@ -91,13 +98,14 @@ def _build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options
     if name not in known:
         raise ConfigError(f"{key}: '{name}' is not a {key}", nearest(str(name), list(known)))
     build, given = known[name], _mapping(options_key, options)
-    valid = [f.name for f in fields(build)] if is_dataclass(build) else []
+    valid = {f.name: f.type for f in fields(build)} if is_dataclass(build) else {}
     for option, value in given.items():
         if option not in valid:
-            fix = nearest(option, valid) if valid else f"Remove it: {name} has no options"
+            fix = nearest(option, list(valid)) if valid else f"Remove it: {name} has no options"
             raise ConfigError(f"{options_key}: '{option}' is not an option of {name}", fix)
-        if not isinstance(value, (int, float)):
-            raise ConfigError(f"{options_key}: {option} is {value!r}", "Give a number")
+        wanted, kinds = _KINDS.get(valid[option], ("another gate's name", ()))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and valid[option] is not bool):
+            raise ConfigError(f"{options_key}: {option} is {value!r}", f"Give {wanted}")
     missing = [f for f in ("gate",) if f in valid and f not in given]
     if missing:
         raise ConfigError(f"{options_key}: {name} needs another gate", f"Write {options_key}: {{gate: top_k}}")

@@ -34,7 +34,7 @@ from speckd.types import DenseSignal, TeacherRows
 
 LEVEL = 2
 TRAIN_EXAMPLES, TEST_EXAMPLES = 6000, 300
-BATCH_SIZE, START_STEPS, LEARNING_RATE = 32, 1500, 2e-3
+BATCH_SIZE, START_STEPS, START_LEARNING_RATE, LEARNING_RATE = 32, 1500, 4e-3, 2e-3
 STUDENT = {"hidden": 48, "layers": 2, "heads": 4}
 UNRELIABLE = 0.25
 STORED = ("teacher.safetensors", "teacher-texts.json")  # what the teacher said, kept while students are trained
@@ -219,8 +219,9 @@ def _train(student: Any, job: Job, encoded: list[Encoded], logits: Tensor, pad: 
     """A plain loop: batch, hidden states, objective, step. Returns loss and acceptance rate of every tenth step."""
     objective = METHODS[job.method or "SFT"]
     first = torch.tensor([0] + [len(e.ids) - e.prompt_length for e in encoded]).cumsum(0)  # where a sample's logits begin
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, job.steps + 1, pct_start=0.1)
+    rate = LEARNING_RATE if job.method else START_LEARNING_RATE
+    optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, job.steps + 1, pct_start=0.1)
     curve, tally, losses = [], AcceptanceTally(), []
     for step, chosen in enumerate(_batches(encoded, job.seed + (1000 if job.method else 0), job.steps), 1):
         batch, mask = collate([encoded[i] for i in chosen], pad)
