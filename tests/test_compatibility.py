@@ -43,7 +43,8 @@ def test_qwen_widths_just_work_with_one_line(caplog) -> None:
         logging.getLogger("speckd").propagate = True
         shared = shared_vocabulary(tokenizer, tokenizer, 151_936, 152_064)
     assert [r.getMessage() for r in caplog.records] == [
-        "Vocabulary: the student's head has 151,936 rows, the teacher's 152,064; distilling on the 151,665 tokens that both know."
+        "Vocabulary: the student's head has 151,936 rows, the teacher's 152,064; "
+        "distilling on the 151,665 tokens that both know."
     ]
     student, teacher = heads(151_936, 152_064)
     hidden = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
