@@ -60,7 +60,7 @@ def train(args: argparse.Namespace, model: Path, output: Path, *more: str) -> di
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     began = time.time()
-    subprocess.run([sys.executable, "-m", "speckd.cli", "train", *words, *more], check=True)
+    subprocess.run([sys.executable, "-m", "speckd", "train", *words, *more], check=True)
     found = json.loads((output / "results.json").read_text())
     return found | {"seconds": time.time() - began}
 

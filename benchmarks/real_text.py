@@ -69,7 +69,7 @@ def train(args: argparse.Namespace, student: Path, folder: Path, seed: int, step
     """`speckd train`, unless its folder holds a finished run."""
     if (folder / "results.json").exists():
         return
-    command = [sys.executable, "-m", "speckd.cli", "train", *method]
+    command = [sys.executable, "-m", "speckd", "train", *method]
     settings = {
         "model_name_or_path": student,
         "teacher_model_name_or_path": args.teacher,  # of SFT, for evaluation only

@@ -138,7 +138,3 @@ def _last_words(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return "error: out of memory. Lower per_device_train_batch_size, max_length or loss_chunk_size"
     return f"internal error: {type(error).__name__}: {reason}. This is not your mistake: --debug shows where, please report it"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

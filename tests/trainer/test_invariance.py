@@ -90,7 +90,7 @@ def test_two_processes_are_one(world: World, tmp_path: Path, method: str) -> Non
         "--nproc-per-node",
         "2",
         "-m",
-        "speckd.cli",
+        "speckd",
         "train",
         *flags,
     ]
