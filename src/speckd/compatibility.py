@@ -72,6 +72,10 @@ def shared_vocabulary(student: Tokenizer, teacher: Tokenizer, student_width: int
     require_same_tokens(student, teacher)
     own, other = student.get_vocab(), teacher.get_vocab()
     shared = sorted(i for token, i in own.items() if token in other and i < min(student_width, teacher_width))
+    if not shared:
+        raise VocabularyError(
+            "no token that student and teacher share lies within both heads", "Check that tokenizers and models belong together"
+        )
     size = len(shared)
     prefix = shared[-1] == size - 1
     if not student_width == teacher_width == size:

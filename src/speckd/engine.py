@@ -17,6 +17,7 @@ from speckd.objective import (
     Objective,
     TokenTerms,
     label_terms,
+    require_finite_gradients,
     require_finite_losses,
     require_usable_logits,
     token_terms,
@@ -143,6 +144,7 @@ def _sum_with_gradient(
         loss = terms.loss.double().sum()
         if loss.requires_grad:
             loss.backward()
+            require_finite_gradients(_gradient(piece), batch.rows.keys.rows(index))
         total += loss.detach()
         parts.append((replace(terms, loss=terms.loss.detach()), entropy))
     total = total.to(_at_least_float32(hidden))
@@ -160,15 +162,12 @@ def _sum_with_gradient(
 
 def _leaf(tensor: Tensor, index: Tensor | None = None) -> Tensor:
     """A detached (part of a) tensor that gathers its own gradient, in at least float32: bfloat16 sums would be biased."""
-    leaf = (tensor if index is None else tensor[index]).detach()
-    if tensor.requires_grad and torch.is_grad_enabled():
-        leaf.requires_grad_()
-        leaf.grad_dtype = _at_least_float32(tensor)
-    return leaf
+    leaf = (tensor if index is None else tensor[index]).detach().to(_at_least_float32(tensor))
+    return leaf.requires_grad_(tensor.requires_grad and torch.is_grad_enabled())
 
 
 def _gradient(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.to(leaf.dtype)
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
@@ -176,14 +175,15 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
 
 
 class _Precomputed(torch.autograd.Function):
-    """A scalar whose gradients are already known: the backward pass scales them."""
+    """A scalar whose gradients are already known: the backward pass scales them, and rounds them once to the inputs' dtypes."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = [source.dtype for source in inputs]
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> Any:
-        return None, None, *(gradient * outer[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return None, None, *((g * outer[0].to(g.dtype)).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True))

@@ -44,8 +44,9 @@ def verify_speculative(rows: Rows, candidates: Tensor, draws: Tensor) -> Tensor:
 
 
 def label_ratio(rows: Rows) -> Tensor:
-    """p(y)/q(y), [N]: how much better the teacher explains the data than the student does."""
-    return (rows.teacher.label_log_prob(rows.labels) - rows.student_label_log_prob).exp()
+    """p(y)/q(y), [N]: how much better the teacher explains the data than the student does; 0 where p(y) is 0, whatever q(y)."""
+    teacher = rows.teacher.label_log_prob(rows.labels)
+    return torch.where(teacher > -torch.inf, teacher - rows.student_label_log_prob, -torch.inf).exp()
 
 
 # ---- the paper's gates ---------------------------------------------------------------------------------------------------
@@ -139,7 +140,8 @@ class LabelRatio:
 
     def __call__(self, rows: Rows) -> Tensor:
         if self.hard:
-            accepted = rows.teacher.label_log_prob(rows.labels) >= rows.student_label_log_prob
+            teacher = rows.teacher.label_log_prob(rows.labels)
+            accepted = (teacher >= rows.student_label_log_prob) & (teacher > -torch.inf)
             return accepted.to(rows.student_logits.dtype)
         return label_ratio(rows).clamp(max=1.0).to(rows.student_logits.dtype)
 
@@ -174,6 +176,10 @@ class Inverted:
     """Accepts exactly what another gate rejects."""
 
     gate: Gate
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gate, BatchGate):
+            raise ConfigError(f"inverted: {type(self.gate).__name__} judges whole batches", "Invert the gate inside it")
 
     def __call__(self, rows: Rows) -> Tensor:
         return 1 - self.gate(rows)

@@ -13,7 +13,8 @@ from speckd.errors import CapabilityError, NonFiniteError
 class LMHead:
     """`softcap·tanh(scale·(hidden Wᵀ + bias)/softcap)`, or without the cap where it is None.
 
-    `weight`: [V, H]; `bias`: [V] or None. Logits come back in float32 (float64 stays), whatever the product's dtype.
+    `weight`: [V, H]; `bias`: [V] or None. The product is in float32 (float64 stays) whatever the inputs' dtype, also under
+    autocast: logits rounded to bfloat16 would drown the gradient p − q of a student that is near its teacher.
     """
 
     weight: Tensor
@@ -23,8 +24,10 @@ class LMHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V]."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, self.weight.dtype), torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = torch.nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -62,7 +65,12 @@ def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
     base = layer.get_base_layer()
     weight = base.weight
     for adapter in () if layer.disable_adapters else layer.active_adapters:
-        weight = weight + layer.get_delta_weight(adapter)
+        if layer.lora_magnitude_vector or layer.lora_dropout[adapter].__class__ is not torch.nn.Identity:
+            raise CapabilityError(
+                f"the adapter '{adapter}' on the head has DoRA or dropout, which a product with one weight cannot express",
+                "Leave the head out of the adapter's target modules, or train it without either",
+            )
+        weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
     return weight, base.bias
 
 

@@ -54,8 +54,8 @@ class AcceptanceTally:
         acceptance = terms.acceptance.double()
         if not len(acceptance) or bool(acceptance.isnan().all()):
             return  # nothing supervised, or no gate (SFT)
-        computed = ~terms.divergence.isnan()
-        divergence = terms.divergence.double().nan_to_num()
+        computed = terms.divergence.isfinite()  # infinite where a zero weight silenced it
+        divergence = terms.divergence.double().where(computed, 0)
         rejection = (1 - acceptance) * computed
         found = [
             _per_sequence(acceptance, output.rows.keys.sample),

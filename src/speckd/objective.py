@@ -86,34 +86,38 @@ def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTe
     """
     on, fallback_on = objective.rejected.weights(acceptance)
     share, temperature = 1 - objective.label_loss_weight, objective.divergence_temperature
-    logits = rows.student_logits
-    active = ((on > 0) | (fallback_on > 0)).nonzero()[:, 0]  # a token without weight needs no divergence
     loss, divergence = torch.zeros_like(on), torch.full_like(on, torch.nan)
     accepted, rejected, labelled = torch.zeros_like(on), torch.zeros_like(on), torch.zeros_like(on)
     label_log_prob = rows.student_label_log_prob
 
-    if share > 0 and active.numel():
-        everything = active.numel() == len(on)
-        student, teacher = shared_support(
-            logits if everything else logits[active],
-            rows.teacher if everything else rows.teacher.rows(active),
-            temperature,
-        )
-        per_token = temperature**2 * objective.divergence(student, teacher)
-        fallback = objective.rejected.fallback(FallbackRows(student, teacher, label_log_prob[active], temperature))
-        # A weight of exactly 0 must also silence an infinite divergence: select, do not multiply.
-        weighed = torch.where(on[active] > 0, on[active] * per_token, 0)
-        fell_back = torch.where(fallback_on[active] > 0, fallback_on[active] * fallback, 0)
-        loss = loss.index_add(0, active, share * (weighed + fell_back))
-        divergence = divergence.index_copy(0, active, per_token.detach())
-        own = torch.where(acceptance[active] > 0, acceptance[active] * per_token.detach(), 0)
-        accepted = accepted.index_add(0, active, share * own)
-        rejected = rejected.index_add(0, active, share * (weighed + fell_back).detach() - share * own)
+    # Each loss is computed at the rows that have weight for it, and at no others: a weight of 0 costs nothing, and silences an
+    # infinite value together with its gradient, which multiplying by 0 would turn into NaN.
+    weighed = on.nonzero()[:, 0]
+    if share > 0 and weighed.numel():
+        per_token = temperature**2 * objective.divergence(*_on_support(rows, weighed, temperature))
+        loss = loss.index_add(0, weighed, share * on[weighed] * per_token)
+        divergence = divergence.index_copy(0, weighed, per_token.detach())
+        own = torch.where(acceptance[weighed] > 0, acceptance[weighed] * per_token.detach(), 0)
+        accepted = accepted.index_add(0, weighed, share * own)
+        rejected = rejected.index_add(0, weighed, share * (on[weighed] * per_token.detach() - own))
+    fallen = fallback_on.nonzero()[:, 0]
+    if share > 0 and fallen.numel():
+        seen = FallbackRows(label_log_prob[fallen], lambda: _on_support(rows, fallen, temperature), temperature)
+        fallback = share * fallback_on[fallen] * objective.rejected.fallback(seen)
+        loss = loss.index_add(0, fallen, fallback)
+        rejected = rejected.index_add(0, fallen, fallback.detach())
     if objective.label_loss_weight > 0:
         labelled = objective.label_loss_weight * -label_log_prob
         loss, labelled = loss + labelled, labelled.detach()
     weight = share * (on + fallback_on) + objective.label_loss_weight
     return TokenTerms(loss, weight, acceptance, divergence, accepted, rejected, labelled)
+
+
+def _on_support(rows: Rows, index: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Student and teacher log-probabilities, both [n, S], of some rows."""
+    if index.numel() == len(rows.labels):
+        return shared_support(rows.student_logits, rows.teacher, temperature)
+    return shared_support(rows.student_logits[index], rows.teacher.rows(index), temperature)
 
 
 def require_usable_logits(logits: Tensor, who: str, keys: TokenKeys) -> None:
@@ -124,6 +128,16 @@ def require_usable_logits(logits: Tensor, who: str, keys: TokenKeys) -> None:
         keys,
         f"the {who}'s logits are NaN or infinite",
         f"If the {who} is trained, lower the learning rate; if not, load it in float32 or bfloat16 and check its weights",
+    )
+
+
+def require_finite_gradients(gradients: Tensor, keys: TokenKeys) -> None:
+    """Refuses NaN and infinite gradients of hidden states, [N, H], even where the loss is finite."""
+    _require(
+        torch.isfinite(gradients).all(-1),
+        keys,
+        "the gradient is NaN or infinite although the loss is not",
+        "Use another divergence (generalized_jsd and total_variation are bounded), or lower the learning rate",
     )
 
 

@@ -3,6 +3,7 @@
 A policy splits each token's weight between the divergence and a fallback loss, and says what that fallback is.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,13 +18,12 @@ from speckd.errors import ConfigError
 class FallbackRows:
     """What a fallback may learn from, for n rows.
 
-    `student_log_probs`, `teacher_log_probs`: [n, S] on the shared support at the divergence temperature;
-    `label_log_prob`: [n], the student's log q(y) at temperature 1; `temperature`: the divergence temperature.
+    `label_log_prob`: [n], the student's log q(y) at temperature 1; `support()`: student and teacher log-probabilities, both
+    [n, S], on the shared support at the divergence temperature, made only where they are asked for; `temperature`: that one.
     """
 
-    student_log_probs: Tensor
-    teacher_log_probs: Tensor
     label_log_prob: Tensor
+    support: Callable[[], tuple[Tensor, Tensor]]
     temperature: float
 
 
@@ -88,8 +88,9 @@ class Residual:
         return acceptance, 1 - acceptance
 
     def fallback(self, rows: FallbackRows) -> Tensor:
+        student, teacher = rows.support()
         with torch.no_grad():
-            excess = (rows.teacher_log_probs.exp() - rows.student_log_probs.exp()).clamp(min=0)
+            excess = (teacher.exp() - student.exp()).clamp(min=0)
             mass = excess.sum(-1, keepdim=True)
             target = (excess / mass.where(mass > 0, 1)).log()
-        return rows.temperature**2 * forward_kl(rows.student_log_probs, target)
+        return rows.temperature**2 * forward_kl(student, target)

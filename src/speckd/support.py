@@ -41,7 +41,8 @@ def shared_support(student_logits: Tensor, teacher: TeacherSignal, temperature: 
 def _with_tail(student: Tensor, teacher: TopKSignal) -> tuple[Tensor, Tensor]:
     outside = student.scatter(-1, teacher.token_ids, -torch.inf)
     # Summing what is outside keeps every digit; 1 − Σ inside would cancel where the top-K holds nearly everything.
-    student_tail = torch.logsumexp(outside, dim=-1, keepdim=True)
+    nothing = (outside == -torch.inf).all(-1, keepdim=True)  # logsumexp of such a row has a NaN gradient
+    student_tail = torch.logsumexp(outside.masked_fill(nothing, 0), dim=-1, keepdim=True).masked_fill(nothing, -torch.inf)
     teacher_tail = log1mexp(torch.logsumexp(teacher.log_probs, dim=-1, keepdim=True))
     return (
         torch.cat([student.gather(-1, teacher.token_ids), student_tail], -1),

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speckd import LMHead, Objective, distillation_loss
-from speckd.divergences import GeneralizedJSD, forward_kl, reverse_kl
+from speckd.divergences import GeneralizedJSD, SkewedReverseKL, forward_kl, reverse_kl
 from speckd.errors import CapabilityError, NonFiniteError
 from speckd.gates import LabelRatio, NoGate, Random, Spec, TopK
 from speckd.policies import DownWeight, Label, Mask, Residual
 from speckd.support import shared_support
-from speckd.teachers import DenseTeacher, TopKTeacher
+from speckd.teachers import DenseTeacher, HiddenTeacher, TopKTeacher
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows, token_batch
-from speckd.types import DenseSignal, TopKSignal
+from speckd.types import DenseSignal, Rows, TokenKeys, TopKSignal
 from tests.invariants.drawn import Drawn, batches
 from tests.parity.cases import DIVERGENCES, GATES, POLICIES
 
@@ -57,6 +57,96 @@ def test_p01_shared_holes_are_finite_and_get_no_gradient(counted, drawn, name, p
         )
         output.sum.backward()
         assert torch.isfinite(output.sum) and torch.isfinite(hidden.grad).all()
+
+
+@given(
+    drawn=batches(sizes=(3, 7, 64)),
+    gate=ANY_GATE,
+    policy=ANY_POLICY,
+    name=ANY_DIVERGENCE,
+    student_holes=st.sampled_from([0.0, 0.3, 0.9]),
+    teacher_holes=st.sampled_from([0.0, 0.3, 0.9]),
+    top=st.sampled_from([None, 2]),
+)
+def test_p01_a_finite_loss_has_finite_gradients(counted, drawn, gate, policy, name, student_holes, teacher_holes, top) -> None:
+    """Holes anywhere, on one side or on both: gradients are finite, or the batch is refused by name."""
+    counted()
+    generator = torch.Generator().manual_seed(int(drawn.labels.sum()))
+    logits = []
+    for values, share in ((drawn.student, student_holes), (drawn.teacher, teacher_holes)):
+        holes = torch.rand(values.shape, generator=generator) < share
+        holes[torch.arange(len(values)), values.argmax(-1)] = False  # something is left to choose
+        logits.append(values.masked_fill(holes, -math.inf))
+    student, teacher = logits
+    hidden = torch.zeros_like(student).requires_grad_()
+    best = teacher.log_softmax(-1).topk(top or 1)
+    labels = teacher.log_softmax(-1).gather(-1, drawn.labels[:, None])[:, 0]
+    rows_of = DenseTeacher(teacher) if top is None else TopKTeacher(best.indices, best.values, labels)
+    objective = Objective(GATES[gate], POLICIES[policy], DIVERGENCES[name])
+    for row in range(len(student)):  # holes come from the bias, so row by row
+        one = SupervisedRows(torch.tensor([row]), drawn.labels[row : row + 1], drawn.rows.keys.rows(torch.tensor([row])))
+        head = LMHead(torch.eye(student.shape[-1], dtype=torch.float64), student[row])
+        try:
+            output = distillation_loss(objective, hidden, head, rows_of, one)
+        except (NonFiniteError, CapabilityError):
+            continue
+        (slope,) = torch.autograd.grad(output.sum, hidden)
+        assert torch.isfinite(output.sum) and torch.isfinite(slope).all()
+        assert torch.isfinite(output.count) and torch.isfinite(output.terms.weight).all()
+
+
+@pytest.mark.parametrize("policy", ["label", "residual"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "todi", "adaptive_kl", "skewed_reverse_kl_0", "jsd_1"])
+def test_a_rejected_token_with_an_infinite_divergence_still_learns_from_its_fallback(policy, divergence) -> None:
+    """The teacher rules out what the student proposes: the divergence is infinite, has no weight, and leaves no NaN."""
+    chosen = {**DIVERGENCES, "skewed_reverse_kl_0": SkewedReverseKL(0.0), "jsd_1": GeneralizedJSD(1.0)}[divergence]
+    student = torch.tensor([[3.0, 1.0, 0.5, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[-math.inf, 2.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    here = torch.zeros(1, dtype=torch.long)
+    rows = SupervisedRows(here, torch.tensor([1]), TokenKeys(here, here))
+    output = engine(student, teacher, rows, Objective(TopK(3), POLICIES[policy], chosen))
+    output.sum.backward()
+    assert output.terms.acceptance == 0 and output.sum > 0
+    assert torch.isfinite(student.grad).all() and student.grad.abs().sum() > 0
+
+
+def test_a_label_that_both_rule_out_is_rejected_not_nan() -> None:
+    student = torch.tensor([[0.0, 1.0, -math.inf]])
+    teacher = torch.tensor([[1.0, 0.0, -math.inf]])
+    here = torch.zeros(1, dtype=torch.long)
+    seen = Rows(student, DenseSignal(teacher), torch.tensor([2]), TokenKeys(here, here))
+    assert LabelRatio()(seen) == 0 and LabelRatio(hard=True)(seen) == 0
+
+
+@given(drawn=batches(sizes=(64,), max_scale=5.0, equal=False), near=st.sampled_from([1.0, 0.1, 0.01]), name=ANY_DIVERGENCE)
+def test_p05_bfloat16_inputs_cost_no_more_than_twice_the_rounding_of_the_gradient(counted, drawn, near, name) -> None:
+    """Also for a student that is near its teacher, where logits rounded to bfloat16 would leave little of the gradient."""
+    counted()
+    generator = torch.Generator().manual_seed(len(drawn.rows))
+    hidden = (drawn.student[:, :16] / 2).bfloat16()
+    weight = torch.randn(64, 16, generator=generator).bfloat16()
+    moved = (hidden.double() + near * torch.randn(hidden.shape, generator=generator).double()).bfloat16()
+    objective = Objective(NoGate(), Mask(), DIVERGENCES[name])
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        own, head = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        teacher = HiddenTeacher(moved.to(dtype), LMHead(weight.to(dtype)))
+        output = distillation_loss(objective, own, LMHead(head), teacher, drawn.rows)
+        return list(torch.autograd.grad(output.sum / 387, [own, head]))  # 387: a count that bfloat16 cannot hold
+
+    for found, wanted in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        if wanted.norm() < 1e-6:
+            continue
+        rounded = float((wanted.bfloat16().double() - wanted).norm())
+        assert float((found.double() - wanted).norm()) <= 2 * rounded + 1e-3 * rounded
+
+
+def test_autocast_does_not_reach_the_head() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 8, generator=generator), torch.randn(11, 8, generator=generator)
+    plain = LMHead(weight)(hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(LMHead(weight)(hidden), plain)
 
 
 @given(drawn=batches(), garbage=st.sampled_from([math.nan, math.inf, -math.inf, 1e30]))
@@ -172,7 +262,7 @@ def test_p09_temperature_divides_both_and_multiplies_once_by_its_square(counted,
     objective = Objective(NoGate(), Mask(), DIVERGENCES[name], divergence_temperature=temperature)
     output, _ = loss_and_gradient(drawn, objective)
     by_hand = DIVERGENCES[name]((drawn.student / temperature).log_softmax(-1), (drawn.teacher / temperature).log_softmax(-1))
-    assert float(output.sum) == pytest.approx(float(temperature**2 * by_hand.sum()), rel=1e-9, abs=1e-12)
+    assert output.sum.item() == pytest.approx(float(temperature**2 * by_hand.sum()), rel=1e-9, abs=1e-12)
 
 
 def test_p09_hot_limit_is_the_squared_error_of_centred_logits() -> None:

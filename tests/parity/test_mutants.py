@@ -60,13 +60,14 @@ def no_tail(student: torch.Tensor, teacher: Any) -> Any:
 
 
 def unnormalised_residual(self: Any, rows: Any) -> torch.Tensor:
-    excess = (rows.teacher_log_probs.exp() - rows.student_log_probs.exp()).clamp(min=0).detach()
-    return forward_kl(rows.student_log_probs, excess.log())
+    student, teacher = rows.support()
+    return forward_kl(student, (teacher.exp() - student.exp()).clamp(min=0).detach().log())
 
 
 def residual_with_gradient(self: Any, rows: Any) -> torch.Tensor:
-    excess = (rows.teacher_log_probs.exp() - rows.student_log_probs.exp()).clamp(min=1e-30)
-    return forward_kl(rows.student_log_probs, (excess / excess.sum(-1, keepdim=True)).log())
+    student, teacher = rows.support()
+    excess = (teacher.exp() - student.exp()).clamp(min=1e-30)
+    return forward_kl(student, (excess / excess.sum(-1, keepdim=True)).log())
 
 
 class TailFirst(AdaptiveKL):
