@@ -10,13 +10,16 @@ from trl import SFTConfig
 from speckd.config import MethodConfig, Options
 from speckd.errors import ConfigError
 
+#: Held-out measures of which less is better; of the others more is.
+LOWER_IS_BETTER = {"loss", "nll", "kl"}
+
 
 @dataclass
 class SpecKDConfig(MethodConfig, SFTConfig):
     """`SFTConfig` with the method and the teacher. What is unset behaves as in TRL, but for what is listed here.
 
     bfloat16 is used where a GPU offers it and nobody said otherwise (TRL: always); non-finite losses are never hidden from the
-    log; reports go nowhere unless asked for.
+    log; reports go nowhere unless asked for; the best checkpoint is the one with the lowest held-out NLL.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  (Transformers' own convention: parsed from JSON on the command line)
@@ -32,10 +35,16 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     teacher_model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the teacher"})
     teacher_model_init_kwargs: Options | None = field(
         default=None,
-        metadata={"help": "passed to the teacher's from_pretrained, a mapping or JSON; dtype defaults to the student's"},
+        metadata={
+            "help": "for the teacher's from_pretrained, a mapping or JSON; dtype is bfloat16 with bf16, else the student's"
+        },
     )
     scrambled_teacher_fraction: float = field(
         default=0.0, metadata={"help": "stress test: share of positions where the teacher is made wrong on purpose"}
+    )
+    max_dropped_mass: float = field(
+        default=1e-3,
+        metadata={"help": "refuse a teacher that puts more probability than this on tokens that the student does not have"},
     )
     loss_chunk_size: int | None = field(
         default=None, metadata={"help": "tokens whose logits are held at once; changes no result"}
@@ -57,6 +66,11 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             self.bf16 = bool(
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             )
+        best: str | None = self.metric_for_best_model  # type: ignore[has-type]
+        if self.load_best_model_at_end and best is None:
+            self.metric_for_best_model = best = "nll"  # not the loss, which a gate that rejects more lowers by itself
+        if best is not None and self.greater_is_better is None:  # type: ignore[has-type]
+            self.greater_is_better = best.split("_")[-1] not in LOWER_IS_BETTER
         super().__post_init__()
         self._refuse_contradictions()
         self.objective()  # an unknown name or option is an error now, not after the models are loaded
@@ -69,9 +83,11 @@ class SpecKDConfig(MethodConfig, SFTConfig):
                 "loss_type and label_smoothing_factor belong to SFT's loss, which is not used here",
                 "Remove them; label_loss_weight mixes cross-entropy in",
             )
-        if self.packing and self.packing_strategy == "wrapped":
+        if self.packing and self.packing_strategy != "bfd":
             raise ConfigError(
-                "packing_strategy: 'wrapped' joins documents that then see each other", "Use 'bfd' or 'bfd_split'"
+                f"packing_strategy: '{self.packing_strategy}' joins documents that see each other, or cuts them in pieces that "
+                "do not",
+                "Use 'bfd': whole rows, each cut to max_length",
             )
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ConfigError(

@@ -10,7 +10,8 @@ from datasets import Dataset
 from torch import Tensor
 from trl import pack_dataset
 
-from speckd.errors import CapabilityError, DataError
+from speckd.compatibility import SharedVocabulary
+from speckd.errors import CapabilityError, DataError, VocabularyError
 from speckd.tokens import TokenBatch
 from speckd.trl_internals import DataCollatorForLanguageModeling
 from speckd.types import IGNORED_LABEL
@@ -18,6 +19,7 @@ from speckd.types import IGNORED_LABEL
 logger = logging.getLogger(__name__)
 
 SAMPLE = "sample_ids"
+EXAMPLE = "example_index"  # which of the batch's rows of the data set a token came from
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,26 @@ def number_rows(dataset: Dataset) -> Dataset:
     return dataset.add_column(SAMPLE, list(range(len(dataset))))
 
 
-def require_supervision(prepared: Dataset, total: int, name: str, max_length: int | None) -> DroppedRows:
-    """After tokenisation and truncation: what was lost, said once; an error where nothing is left to learn from."""
+def keep_supervised(prepared: Dataset, total: int, name: str, max_length: int | None) -> tuple[Dataset, DroppedRows]:
+    """After tokenisation and truncation: the rows with something to learn, and what was lost, said once.
+
+    Raises:
+        DataError: nothing is left to learn from.
+    """
+    prepared = prepared.filter(_is_supervised, desc=f"Keeping supervised rows of the {name} data")
     kept = set(prepared[SAMPLE])
     dropped = DroppedRows([row + 1 for row in range(total) if row not in kept], total)
-    supervised = any(label != IGNORED_LABEL for row in prepared for label in row["labels"][1:])
-    if not supervised:
-        raise DataError(
-            f"the {name} data has no supervised token: {dropped if dropped.rows else 'every label is masked'}",
-            f"Raise max_length (now {max_length}), or check that completions or assistant turns are not empty",
-        )
+    fix = f"Raise max_length (now {max_length}), or check that completions or assistant turns are not empty"
+    if not kept:
+        raise DataError(f"the {name} data has no supervised token: {dropped}", fix)
     if dropped.rows:
-        logger.warning("%s data: %s; they are left out. Raise max_length (now %s) to keep them.", name, dropped, max_length)
-    return dropped
+        logger.warning("%s data: %s; they are left out. %s.", name, dropped, fix)
+    return prepared, dropped
+
+
+def _is_supervised(row: dict[str, Any]) -> bool:
+    """Is there a token to predict? Nothing predicts a sample's first one."""
+    return any(label != IGNORED_LABEL for label in row["labels"][1:])
 
 
 def spread_sample_ids(prepared: Dataset, packing: bool, max_length: int | None, strategy: str) -> Dataset:
@@ -60,18 +69,42 @@ def spread_sample_ids(prepared: Dataset, packing: bool, max_length: int | None, 
     return pack_dataset(prepared, max_length, strategy) if packing else prepared
 
 
+def require_known_tokens(dataset: Dataset, vocabulary: SharedVocabulary, name: str) -> None:
+    """Refuses data with tokens that the teacher does not have, before the first step; names the first row."""
+    for table in dataset.with_format("arrow").iter(10_000):
+        used = {i for column in ("input_ids", "labels") for i in table[column].combine_chunks().flatten().unique().to_pylist()}
+        unknown = vocabulary.unknown(torch.tensor(sorted(used)))
+        if not unknown.numel():
+            continue
+        token = int(unknown[0])
+        rows = zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), table[SAMPLE].to_pylist(), strict=True)
+        row = next(samples[0] for ids, labels, samples in rows if token in ids or token in labels)
+        raise VocabularyError(
+            f"the {name} data: row {row + 1} holds token id {token}, which the teacher does not have",
+            "Remove that token from the data or the chat template, or use a teacher that has it",
+        )
+
+
 class SampleCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with `sample_ids` ([B, L], −1 in the padding) beside the rest."""
+    """TRL's collator, with `sample_ids` and `example_index` ([B, L], −1 in the padding) beside the rest."""
 
     def torch_call(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(list(examples))
-        pieces = [torch.tensor(example[SAMPLE]) for example in examples]
-        if self.padding_free:
-            pieces = [torch.cat(pieces)]
-        samples = torch.full_like(batch["input_ids"], -1)
-        for row, piece in enumerate(pieces):
-            samples[row, : len(piece)] = piece
-        return {**batch, SAMPLE: samples}
+        samples = [torch.tensor(example[SAMPLE]) for example in examples]
+        numbers = [torch.full_like(sample, i) for i, sample in enumerate(samples)]
+        return {**batch, SAMPLE: self._like(batch["input_ids"], samples), EXAMPLE: self._like(batch["input_ids"], numbers)}
+
+    def _like(self, ids: Tensor, pieces: list[Tensor]) -> Tensor:
+        """One piece a row of `ids`, or all in its only row where there is no padding."""
+        whole = torch.full_like(ids, -1)
+        for row, piece in enumerate([torch.cat(pieces)] if self.padding_free else pieces):
+            whole[row, : len(piece)] = piece
+        return whole
+
+
+def mask_repeated(batch: dict[str, Any], real: int) -> None:
+    """Takes the labels from all but the first `real` examples of a batch: the others only fill it up."""
+    batch["labels"] = batch["labels"].masked_fill(batch[EXAMPLE] >= real, IGNORED_LABEL)
 
 
 def as_token_batch(inputs: dict[str, Any], labels: Tensor) -> TokenBatch:

@@ -28,10 +28,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class SharedVocabulary:
-    """The axis that student and teacher share: the first `size` ids, or exactly `ids` ([size] int64, ascending) if not None."""
+    """The axis that student and teacher share: the first `size` ids, or exactly `ids` ([size] int64, ascending) if not None.
+
+    `teacher_only`: ids of the teacher's tokens that the student does not know. (Ids that name no token at all are padding.)
+    """
 
     size: int
     ids: Tensor | None = None
+    teacher_only: tuple[int, ...] = ()
 
     def restrict(self, head: LMHead) -> LMHead:
         """The head's rows of the shared tokens: padding and tokens that only one side knows are gone, not masked."""
@@ -43,20 +47,28 @@ class SharedVocabulary:
         Raises:
             VocabularyError: a label is a token that the teacher does not know, so it cannot be verified.
         """
+        unknown = self.unknown(labels)
+        if unknown.numel():
+            times = f"{unknown.numel()} times in this batch"
+            raise VocabularyError(
+                f"token id {int(unknown[0])} stands in the data ({times}), unknown to the teacher",
+                "Remove that token from the data or the chat template, or use a teacher that has it",
+            )
         if self.ids is None:
-            places, known = labels, labels < self.size
-        else:
-            ids = self.ids.to(labels.device)
-            places = torch.searchsorted(ids, labels.clamp(min=0))
-            known = (labels == IGNORED_LABEL) | (ids[places.clamp(max=self.size - 1)] == labels)
-            places = places.where(labels != IGNORED_LABEL, IGNORED_LABEL)
-        if bool(known.all()):
-            return places
-        token = int(labels[~known][0])
-        raise VocabularyError(
-            f"token id {token} stands in the data ({int((~known).sum())} times in this batch), unknown to the teacher",
-            "Remove that token from the data or the chat template, or use a teacher that has it",
-        )
+            return labels
+        places = torch.searchsorted(self.ids.to(labels.device), labels.clamp(min=0))
+        return places.where(labels != IGNORED_LABEL, IGNORED_LABEL)
+
+    def unknown(self, token_ids: Tensor) -> Tensor:
+        """Those of the ids (any shape; −100 is none) that are not on the shared axis, [n]."""
+        if self.ids is None:
+            return token_ids[token_ids >= self.size]
+        return token_ids[(token_ids != IGNORED_LABEL) & ~torch.isin(token_ids, self.ids.to(token_ids.device))]
+
+    def outside(self, width: int) -> Tensor:
+        """Ids of a head with `width` rows that are not on the shared axis: tokens of one side, and padding."""
+        everything = torch.arange(width)
+        return everything[self.size :] if self.ids is None else everything[~torch.isin(everything, self.ids)]
 
 
 def shared_vocabulary(student: Tokenizer, teacher: Tokenizer, student_width: int, teacher_width: int) -> SharedVocabulary:
@@ -86,7 +98,8 @@ def shared_vocabulary(student: Tokenizer, teacher: Tokenizer, student_width: int
             f"{size:,}",
             "" if prefix else " (not a prefix: the heads are copied)",
         )
-    return SharedVocabulary(size, None if prefix else torch.tensor(shared))
+    lost = tuple(sorted(i for token, i in other.items() if token not in own and i < teacher_width))
+    return SharedVocabulary(size, None if prefix else torch.tensor(shared), lost)
 
 
 def require_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:

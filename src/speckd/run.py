@@ -29,6 +29,9 @@ from speckd.training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
 
+#: The share of probability on ids that no tokenizer knows from which on it is worth a warning.
+MASS_TO_MENTION = 1e-3
+
 #: Settings that may differ when a run is resumed: they change what is said and kept, not what is learnt.
 _FREE_ON_RESUME = {
     *(
@@ -74,6 +77,7 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
     start = _start(trainer, output, resumed=checkpoint is not None)
     trainer.train(resume_from_checkpoint=checkpoint)
+    _warn_of_padding(trainer)
     end = _measured(trainer)
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
@@ -97,8 +101,9 @@ def _trainer(
     settings: Settings, output: Path, train_data: Dataset, held_out: Dataset | None, tokenizers: tuple[Any, Any]
 ) -> SpecKDTrainer:
     """Loads both models and prepares the data; refused, it leaves no folder behind."""
+    adapter = _adapter(settings.model)
     student_name, teacher_name = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
-    student = _loaded("model_name_or_path", str(student_name), lambda: _student(settings.model))
+    student = _loaded("model_name_or_path", str(student_name), lambda: _student(settings))
     teacher = None
     if teacher_name is not None:
         teacher = _loaded(
@@ -116,11 +121,23 @@ def _trainer(
                 eval_dataset=held_out,
                 processing_class=tokenizers[0],
                 teacher_processing_class=tokenizers[1],
-                peft_config=get_peft_config(settings.model),
+                peft_config=adapter,
                 callbacks=[TrainingLog(output / "training_log.jsonl")],
             )
         except (ValueError, ImportError, OSError) as error:  # how TRL, PEFT and Transformers refuse a setting
             raise ConfigError(_reason(error), "Correct the setting named there") from error
+
+
+def _adapter(model: ModelConfig) -> Any:
+    """PEFT's settings, or None."""
+    config = get_peft_config(model)
+    if config is None:
+        return None
+    if config.use_dora:
+        raise ConfigError("use_dora: AutoModelForCausalLM does not load DoRA's magnitudes", "Use plain LoRA")
+    if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
+        config.target_modules = {config.target_modules}  # TRL unpacks a list of one name, which PEFT would read as a pattern
+    return config
 
 
 def _loaded(key: str, name: str, load: Callable[[], Any]) -> Any:
@@ -180,7 +197,7 @@ def _check_models_exist(settings: Settings) -> None:
         )
     for key, name in (("model_name_or_path", student), ("teacher_model_name_or_path", teacher)):
         if name is not None:
-            _require_model(key, name)
+            _require_model(key, name, settings.training.trust_remote_code)
     if teacher is None:
         return
     same_place = os.path.realpath(student) == os.path.realpath(teacher) if os.path.exists(student) else student == teacher
@@ -189,7 +206,7 @@ def _check_models_exist(settings: Settings) -> None:
         raise ConfigError(f"teacher_model_name_or_path: {teacher} is the student itself", "Give another model as teacher")
 
 
-def _require_model(key: str, name: str) -> None:
+def _require_model(key: str, name: str, trust_remote_code: bool) -> None:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
@@ -201,7 +218,7 @@ def _require_model(key: str, name: str) -> None:
         known = [str(path.parent / p.name) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         raise ConfigError(f"{key}: there is no folder {name}", nearest(name, known) if known else "Check the path")
     try:
-        AutoConfig.from_pretrained(name)
+        AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # offline, missing and gated all look different
         raise ConfigError(
             f"{key}: '{name}' is neither a folder here nor to be had from the hub ({_reason(error)})", "Check it"
@@ -211,7 +228,7 @@ def _require_model(key: str, name: str) -> None:
 def _tokenizers(settings: Settings, conversational: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
     student, teacher = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
     assert student is not None
-    own = _tokenizer("model_name_or_path", student, settings.model.model_revision)
+    own = _tokenizer("model_name_or_path", student, settings.model.model_revision, settings)
     if own.pad_token is None:
         own.pad_token = own.eos_token
     if own.eos_token is None:
@@ -227,7 +244,7 @@ def _tokenizers(settings: Settings, conversational: bool) -> tuple[PreTrainedTok
     _require_k_below(settings, len(own))
     if teacher is None:
         return own, None
-    theirs = _tokenizer("teacher_model_name_or_path", teacher, settings.training.teacher_model_revision or "main")
+    theirs = _tokenizer("teacher_model_name_or_path", teacher, settings.training.teacher_model_revision or "main", settings)
     require_same_tokens(own, theirs)
     return own, theirs
 
@@ -242,9 +259,9 @@ def _require_k_below(settings: Settings, tokens: int) -> None:
         )
 
 
-def _tokenizer(key: str, name: str, revision: str) -> PreTrainedTokenizerBase:
+def _tokenizer(key: str, name: str, revision: str, settings: Settings) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=settings.training.trust_remote_code)
     except Exception as error:  # as above
         raise ConfigError(
             f"{key}: no tokenizer can be loaded from {name} ({_reason(error)})", "Save one beside the model"
@@ -321,15 +338,19 @@ def _describe(trainer: SpecKDTrainer) -> None:
             logger.info("%s: %s parameters%s, %s, on %s.", name, f"{size:,}", trained, model.dtype, model.device)
 
 
-def _student(model: ModelConfig) -> Any:
-    assert model.model_name_or_path is not None
-    return AutoModelForCausalLM.from_pretrained(
-        model.model_name_or_path,
-        revision=model.model_revision,
-        attn_implementation=model.attn_implementation,
-        dtype=model.dtype,
-        quantization_config=get_quantization_config(model),
-    )
+def _student(settings: Settings) -> Any:
+    model, name = settings.model, settings.model.model_name_or_path
+    assert name is not None
+    options = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        "quantization_config": get_quantization_config(model),
+        "trust_remote_code": settings.training.trust_remote_code,
+    }
+    # An adapter remembers its base model by this name: absolute, it is found from any folder.
+    name = os.path.abspath(name) if os.path.isdir(name) else name
+    return AutoModelForCausalLM.from_pretrained(name, **{**options, **(settings.training.model_init_kwargs or {})})
 
 
 def _start(trainer: SpecKDTrainer, output: Path, resumed: bool) -> dict[str, float]:
@@ -347,6 +368,20 @@ def _measured(trainer: SpecKDTrainer) -> dict[str, float]:
     if trainer.eval_dataset is None:
         return {}
     return {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+
+
+def _warn_of_padding(trainer: SpecKDTrainer) -> None:
+    """What lies outside the shared vocabulary is not trained: a fresh student may still believe in its head's padding."""
+    if trainer.teacher is None:
+        return
+    width = trainer.student.get_output_embeddings().weight.shape[0]
+    outside = trainer.mass(trainer.student, trainer.vocabulary.outside(width))
+    if outside > MASS_TO_MENTION:
+        logger.warning(
+            "The student gives %.1f %% of its probability to ids that the teacher lacks, such as padding of its head, and may "
+            "generate them: give it a head of the tokenizer's size, or generate with suppress_tokens.",
+            100 * outside,
+        )
 
 
 def _publish(settings: Settings, trainer: SpecKDTrainer, output: Path, start: dict[str, float], end: dict[str, float]) -> None:

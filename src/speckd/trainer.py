@@ -17,18 +17,21 @@ from trl import SFTTrainer
 
 from speckd.arguments import SpecKDConfig
 from speckd.collation import (
+    EXAMPLE,
     SAMPLE,
     DroppedRows,
     SampleCollator,
     as_token_batch,
+    keep_supervised,
+    mask_repeated,
     number_rows,
     require_isolation,
-    require_supervision,
+    require_known_tokens,
     spread_sample_ids,
 )
 from speckd.compatibility import SharedVocabulary, shared_vocabulary
 from speckd.engine import LossOutput, distillation_loss
-from speckd.errors import CapabilityError, ConfigError, DataError, NonFiniteError
+from speckd.errors import CapabilityError, ConfigError, DataError, NonFiniteError, VocabularyError
 from speckd.evaluate import HeldOutSums, measure
 from speckd.head import LMHead, check_head
 from speckd.metrics import AcceptanceTally, StarvationWatch
@@ -41,13 +44,19 @@ from speckd.types import TeacherRows
 logger = logging.getLogger(__name__)
 
 #: What belongs to the loss and not to a model's forward.
-_NOT_FOR_THE_MODEL = {"labels", SAMPLE}
+_NOT_FOR_THE_MODEL = {"labels", SAMPLE, EXAMPLE}
 
 
 def load_teacher(name: str, args: SpecKDConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The teacher by path or hub id, in the student's dtype unless `teacher_model_init_kwargs` says otherwise."""
-    settings = {"dtype": dtype, **(args.teacher_model_init_kwargs or {})}  # type: ignore[dict-item]
-    return AutoModelForCausalLM.from_pretrained(name, revision=args.teacher_model_revision or "main", **settings)
+    """The teacher by path or hub id; bfloat16 with `bf16`, else `dtype`, unless `teacher_model_init_kwargs` says otherwise."""
+    defaults = {"dtype": torch.bfloat16 if args.bf16 else dtype, "trust_remote_code": args.trust_remote_code}
+    settings = {**defaults, "revision": args.teacher_model_revision or "main", **(args.teacher_model_init_kwargs or {})}  # type: ignore[dict-item]
+    return AutoModelForCausalLM.from_pretrained(name, **settings)
+
+
+def load_teacher_tokenizer(name: str, args: SpecKDConfig) -> Any:
+    revision = args.teacher_model_revision or "main"
+    return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
 class SpecKDTrainer(SFTTrainer):
@@ -59,7 +68,7 @@ class SpecKDTrainer(SFTTrainer):
         args: `SpecKDConfig`.
         train_dataset, eval_dataset: in TRL's shapes (prompt and completion, messages, text) or tokenised.
         processing_class: the student's tokenizer.
-        teacher_processing_class: the teacher's; by default, the one saved with it.
+        teacher_processing_class: the teacher's tokenizer; by default, the one saved with the teacher.
         peft_config, callbacks, optimizers, quantization_config: as of `SFTTrainer`.
         objective: by default, what `args` describes.
 
@@ -113,10 +122,18 @@ class SpecKDTrainer(SFTTrainer):
         )
         if is_sharded_by_deepspeed_or_fsdp(self):
             raise CapabilityError("DeepSpeed and FSDP shard the head, which is not supported yet", "Use DDP (torchrun)")
+        if self.args.n_gpu > 1:
+            raise CapabilityError(
+                "one process with several GPUs would split each batch between copies of the student",
+                "Start one process a GPU (torchrun --nproc-per-node N -m speckd train ...), or show it one only",
+            )
+        if self.aux_loss_enabled:
+            logger.warning("The student is a mixture of experts: its router's auxiliary loss is not part of the objective.")
         self._set_up_teacher(teacher_model, teacher_processing_class)
         self._check_models()
+        self._check_data()
         self._tally, self._watch = AcceptanceTally(), StarvationWatch(args.starvation_threshold, args.starvation_patience)
-        self._logged_step = 0
+        self._logged_step: int | None = None
         self._step_sums = torch.zeros(2, dtype=torch.float64)  # of one optimizer step: loss, weight
         self._step_losses: list[float] = []  # since the last log
         self._run_loss = [0.0, 0]  # over the whole run: sum of the steps' losses, steps
@@ -125,38 +142,66 @@ class SpecKDTrainer(SFTTrainer):
     # ---- set-up --------------------------------------------------------------------------------------------------------
 
     @property
-    def _student(self) -> Any:
+    def student(self) -> Any:
         """The causal language model itself, inside PEFT and distributed wrappers."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
     def _set_up_teacher(self, teacher: str | PreTrainedModel | None, tokenizer: Any) -> None:
-        width = self._student.get_output_embeddings().weight.shape[0]
+        width = self.student.get_output_embeddings().weight.shape[0]
         self.teacher: Any = None
-        self.vocabulary = SharedVocabulary(width)
+        self.vocabulary = self._training_vocabulary = SharedVocabulary(width)
         if teacher is None:
             return
-        if isinstance(teacher, str):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(teacher, revision=self.args.teacher_model_revision or "main")
-            self.teacher = load_teacher(teacher, self.args, self._student.dtype)
-        else:
-            self.teacher = teacher
+        self.teacher = load_teacher(teacher, self.args, self.student.dtype) if isinstance(teacher, str) else teacher
         if not getattr(self.teacher, "hf_device_map", None):  # unless its layers were placed by hand
             self.teacher.to(self.accelerator.device)
         self.teacher.eval().requires_grad_(False)
+        if tokenizer is None:
+            name = teacher if isinstance(teacher, str) else teacher.name_or_path
+            if not name:
+                raise ConfigError("the teacher has no tokenizer to compare with the student's", "Pass teacher_processing_class")
+            tokenizer = load_teacher_tokenizer(name, self.args)
         theirs = self.teacher.get_output_embeddings().weight.shape[0]
-        self.vocabulary = (
-            shared_vocabulary(self.processing_class, tokenizer, width, theirs)
-            if tokenizer is not None
-            else SharedVocabulary(min(width, theirs))
-        )
+        self.vocabulary = shared_vocabulary(self.processing_class, tokenizer, width, theirs)
+        if self.objective.needs_teacher:  # of SFT the teacher is but a measure
+            self._training_vocabulary = self.vocabulary
 
     def _check_models(self) -> None:
-        for model, name in ((self._student, "student"), (self.teacher, "teacher")):
+        for model, name in ((self.student, "student"), (self.teacher, "teacher")):
             if model is not None:
                 check_head(model, name)
                 if self.padding_free:
                     require_isolation(model, name)
+        dropped = self.mass(self.teacher, torch.tensor(self.vocabulary.teacher_only)) if self.vocabulary.teacher_only else 0.0
+        if dropped > self.args.max_dropped_mass:
+            raise VocabularyError(
+                f"the teacher puts {dropped:.2%} of its probability on tokens that the student does not have",
+                f"Use models with the same tokens, or accept it: max_dropped_mass above {dropped:.2g}",
+            )
+
+    def _check_data(self) -> None:
+        if self.teacher is None:
+            return
+        if self.objective.needs_teacher:
+            require_known_tokens(self.train_dataset, self.vocabulary, "train")
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in held_out.items():
+            if dataset is not None:
+                require_known_tokens(dataset, self.vocabulary, name)
+
+    @torch.no_grad()
+    def mass(self, model: Any, token_ids: Tensor) -> float:
+        """Mean probability that student or teacher gives to some tokens, [n] int64, at the first rows of the training data."""
+        chosen = [self.train_dataset[i] for i in range(min(4, len(self.train_dataset)))]
+        inputs = self._prepare_inputs(self.data_collator(chosen))
+        training = model.training
+        model.eval()
+        hidden = model.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state.flatten(0, 1)
+        model.train(training)
+        some = supervised_rows(as_token_batch(inputs, inputs["labels"])).index[:64]
+        probs = LMHead.from_model(model)(hidden[some.to(hidden.device)]).softmax(-1)
+        return float(probs[:, token_ids.to(probs.device)].sum(-1).mean())
 
     def _prepare_dataset(  # the parent's signature
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -173,7 +218,7 @@ class SpecKDTrainer(SFTTrainer):
             raise DataError(
                 f"the {dataset_name} data cannot be prepared: {reason}", "Check the data and its chat template"
             ) from error
-        self.dropped_rows[dataset_name] = require_supervision(prepared, total, dataset_name, args.max_length)
+        prepared, self.dropped_rows[dataset_name] = keep_supervised(prepared, total, dataset_name, args.max_length)
         return spread_sample_ids(prepared, packing, args.max_length, args.packing_strategy)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -183,16 +228,27 @@ class SpecKDTrainer(SFTTrainer):
 
     # ---- loss ----------------------------------------------------------------------------------------------------------
 
-    def _rows(self, inputs: dict[str, Any]) -> SupervisedRows:
-        batch = as_token_batch(inputs, self.vocabulary.labels(inputs["labels"]))
-        epoch = math.floor((self.state.epoch or 0) + 1e-6)
-        return supervised_rows(batch, self.args.effective_gate_seed, epoch)
+    def _rows(self, inputs: dict[str, Any], vocabulary: SharedVocabulary | None = None) -> SupervisedRows:
+        """A batch's supervised tokens: on training's axis in the running epoch; held out, on a given axis as in epoch 0."""
+        epoch = math.floor((self.state.epoch or 0) + 1e-6) if vocabulary is None else 0
+        labels = (vocabulary or self._training_vocabulary).labels(inputs["labels"])
+        return supervised_rows(as_token_batch(inputs, labels), self.args.effective_gate_seed, epoch)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The step's micro-batches, and how many supervised tokens they hold on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._mask_repeated_rows(batches)
+        if self._logged_step is None or self._logged_step > self.state.global_step:
+            self._logged_step = self.state.global_step  # where training starts or resumes
         count = torch.tensor(sum(len(self._rows(batch)) for batch in batches), device=device)
         return batches, self.accelerator.reduce(count, "sum")
+
+    def _mask_repeated_rows(self, batches: list[dict[str, Any]]) -> None:
+        """An epoch's last batches are filled up with rows seen before, so that processes have as many: learn none twice."""
+        state = self.accelerator.gradient_state
+        if batches and state.end_of_dataloader and state.remainder > 0:
+            own = int(batches[-1][EXAMPLE].max()) + 1
+            mask_repeated(batches[-1], state.remainder - self.accelerator.process_index * own)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -205,16 +261,22 @@ class SpecKDTrainer(SFTTrainer):
         self._valid = float(count)
         self._step_sums += torch.stack([output.sum.detach(), output.count]).double().cpu()
         # DDP averages gradients over processes; the count is already everyone's.
-        return output.sum / max(self._valid, 1.0) * self.accelerator.num_processes
+        loss = output.sum / max(self._valid, 1.0) * self.accelerator.num_processes
+        return loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """(loss, no logits, no labels): whole logits are never made, so `predict` gives metrics only."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _objective_output(self, model: Any, inputs: dict[str, Any], rows: SupervisedRows) -> LossOutput:
         """The loss of a batch, computed inside the wrapped student's forward."""
         teacher = self._teacher_rows(inputs) if self.objective.needs_teacher else None
-        student, seen = self._student, {}
+        student, seen = self.student, {}
 
         def loss(**own: Any) -> dict[str, Tensor]:
             hidden = student.get_decoder()(**own, use_cache=False).last_hidden_state
-            head = self.vocabulary.restrict(LMHead.from_model(student))
+            head = self._training_vocabulary.restrict(LMHead.from_model(student))
             seen["output"] = distillation_loss(
                 self.objective, hidden.flatten(0, 1), head, teacher, rows, self.args.loss_chunk_size
             )
@@ -293,7 +355,7 @@ class SpecKDTrainer(SFTTrainer):
         metrics = {"loss": sum(losses) / len(losses)} if losses else {}
         metrics |= found.result()
         if "tar" in metrics and self.is_world_process_zero():
-            warning = self._watch.update(metrics["tar"], self.state.global_step - self._logged_step)
+            warning = self._watch.update(metrics["tar"], self.state.global_step - (self._logged_step or 0))
             if warning:
                 logger.warning("%s", warning)
         self._logged_step = self.state.global_step
@@ -315,6 +377,8 @@ class SpecKDTrainer(SFTTrainer):
             raise DataError("there is no held-out data to evaluate on", "Give eval_dataset")
         if SAMPLE not in dataset.column_names:
             dataset = self._prepare_dataset(dataset, self.processing_class, self.args, False, None, metric_key_prefix)
+            if self.teacher is not None:
+                require_known_tokens(dataset, self.vocabulary, metric_key_prefix)
         sums, loss = self._held_out(dataset)
         metrics = {"loss": float(loss[0] / loss[1])} if loss[1] else {}
         metrics |= sums.result(with_teacher=self.teacher is not None)
@@ -345,15 +409,15 @@ class SpecKDTrainer(SFTTrainer):
         return HeldOutSums.of(gathered[:-2]), gathered[-2:]
 
     def _measure_batch(self, sums: HeldOutSums, inputs: dict[str, Any]) -> Tensor:
-        rows = self._rows(inputs)
         teacher = self._teacher_rows(inputs, reliable=True)
+        student = self.student
         with self.accelerator.autocast():
-            student = self._student
             hidden = student.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state.flatten(0, 1)
-            head = self.vocabulary.restrict(LMHead.from_model(student))
-            measure(sums, hidden, head, teacher, rows)
-            needed = teacher if self.objective.needs_teacher else None
-            output = distillation_loss(self.objective, hidden, head, needed, rows, self.args.loss_chunk_size)
+            head = LMHead.from_model(student)
+            measure(sums, hidden, self.vocabulary.restrict(head), teacher, self._rows(inputs, self.vocabulary))
+            needed, axis = (teacher if self.objective.needs_teacher else None), self._training_vocabulary
+            rows = self._rows(inputs, axis)
+            output = distillation_loss(self.objective, hidden, axis.restrict(head), needed, rows, self.args.loss_chunk_size)
         return torch.stack([output.sum, output.count]).double().cpu()
 
 

@@ -156,6 +156,6 @@ def test_a_short_quickstart_leaves_table_curves_and_students(tmp_path, monkeypat
     assert {p.name for p in output.iterdir()} == {"results.json", "table.md", "curves.png", "students"}
     students = sorted((output / "students").iterdir())
     assert len(students) == 10 and AutoModelForCausalLM.from_pretrained(students[0]) is not None
-    assert "label ratio, label" in capsys.readouterr().out
+    assert "label ratio" in capsys.readouterr().out
     rows = [line.split(" | ")[:2] for line in (output / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert rows[2:4] == [["| SFT", "none"], ["| ungated", "clean"]] and rows[-1] == ["| label ratio, label", "25 % unreliable"]

@@ -82,6 +82,35 @@ def lowercased(place: Place) -> Flags:
     return place.flags()
 
 
+def added(folder: Path, token: str) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(folder)
+
+
+def unknown_token(place: Place) -> Flags:
+    added(place.student, "new")
+    rows = task_rows(6)
+    rows[3]["completion"] += " new"
+    write_rows(place.data, rows)
+    write_model_of_width(place.student, 249)
+    return place.flags()
+
+
+def dropped_token(place: Place) -> Flags:
+    added(place.teacher, "new")
+    write_model_of_width(place.teacher, 249)
+    return place.flags()
+
+
+def write_model_of_width(folder: Path, width: int) -> None:
+    """Another model in the folder, with its tokenizer left as it is."""
+    kept = {path: path.read_bytes() for path in folder.glob("tokenizer*")}
+    write_model(folder, 3, width=width)
+    for path, content in kept.items():
+        path.write_bytes(content)
+
+
 def no_eos(place: Place) -> Flags:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer().backend_tokenizer, pad_token="<pad>", unk_token="<unk>"
@@ -139,6 +168,18 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
     "unknown gate option": (lambda p: p.flags("--gate", "top_k", "--gate_options", '{"k": 1}'), ["gate_options", "'k'"]),
     "k of zero": (lambda p: p.flags("--gate", "top_k", "--gate_options", '{"verify_top_k": 0}'), ["verify_top_k is 0"]),
     "liger": (lambda p: p.flags("--use_liger_kernel", "true"), ["use_liger_kernel"]),
+    "split packing": (lambda p: p.flags("--packing", "true", "--packing_strategy", "bfd_split"), ["bfd_split", "'bfd'"]),
+    "adapter that does not load": (lambda p: p.flags("--use_peft", "true", "--use_dora", "true"), ["use_dora"]),
+    "adapter on the head": (
+        lambda p: p.flags("--use_peft", "true", "--lora_target_modules", "q_proj", "lm_head"),
+        ["lm_head", "not supported"],
+    ),
+    "token that the teacher lacks": (unknown_token, ["the train data: row 4 holds token id 248", "the teacher does not have"]),
+    "token that the student lacks": (dropped_token, ["the teacher puts", "max_dropped_mass"]),
+    "nothing to predict": (
+        lambda p: [*p.with_data('{"text": "<eos>"}\n' * 3), "--max_length", "null", "--eos_token", "<eos>"],
+        ["3 of 3 rows"],
+    ),
     "wrapped packing": (lambda p: p.flags("--packing", "true", "--packing_strategy", "wrapped"), ["wrapped", "'bfd'"]),
     "output exists": (nonempty_output, ["out exists and is not empty", "--overwrite_output_dir"]),
     "missing student": (lambda p: p.flags("--model_name_or_path", str(p.folder / "studnt")), ["studnt", "student'"]),
@@ -217,7 +258,7 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
     "unknown attention": (lambda p: p.flags("--attn_implementation", "magic"), ["magic"]),
     "adapter on nothing": (
         lambda p: p.flags("--use_peft", "true", "--lora_target_modules", "nope"),
-        ["Target modules nope not found"],
+        ["'nope'", "not found in the base model"],
     ),
     "rank of zero": (lambda p: p.flags("--use_peft", "true", "--lora_r", "0"), ["lora_r is 0"]),
     "missing template": (lambda p: p.flags("--chat_template_path", "no.jinja"), ["no file no.jinja"]),

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from speckd.arguments import SpecKDConfig
 from speckd.collation import require_isolation
+from speckd.errors import SpeckdError
 from speckd.evaluate import evaluate
 from speckd.head import LMHead, check_head
 from speckd.quickstart.data import collate, encode
 from speckd.tasks import build_tokenizer, distinct
 from speckd.tokens import supervised_rows, token_batch
-from tests.tiny import common_flags, log_of, run_cli, write_rows
+from speckd.trainer import SpecKDTrainer
+from tests.tiny import common_flags, log_of, run_cli, write_model, write_rows
 from tests.trainer.conftest import World
 
 
@@ -152,3 +156,93 @@ def test_encode_and_collate_supervise_completions_only() -> None:
         kept = batch.labels[row][batch.labels[row] != -100]
         assert tokenizer.decode(kept[:-1]) == example.completion and kept[-1] == tokenizer.eos_token_id
         assert int(mask[row].sum()) == len(example.prompt.split()) + len(kept)
+
+
+def evaluations(output: Path) -> list[dict]:
+    entries = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if "eval_loss" in entry]
+
+
+def test_held_out_losses_do_not_depend_on_the_epoch_of_a_sampled_gate(world: World, tmp_path: Path) -> None:
+    """The student stands still, so its held-out loss does, and `load_best_model_at_end` chooses among equals."""
+    flags = common_flags(world.student, world.teacher, world.data, tmp_path / "out")
+    flags += ["--gate", "spec", "--rejected", "mask", "--learning_rate", "0", "--num_train_epochs", "3"]
+    assert run_cli([*flags, "--eval_dataset", str(world.data), "--eval_strategy", "epoch"]) == 0
+    found = {entry["eval_loss"] for entry in evaluations(tmp_path / "out")}
+    assert len(evaluations(tmp_path / "out")) == 5 and len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "metric", "greater"),
+    [
+        ({}, "nll", False),
+        ({"metric_for_best_model": "eval_kl"}, "eval_kl", False),
+        ({"metric_for_best_model": "tar"}, "tar", True),
+    ],
+)
+def test_the_best_checkpoint_is_the_one_with_the_lowest_nll(tmp_path: Path, given, metric, greater) -> None:
+    best = SpecKDConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", load_best_model_at_end=True, **given)
+    assert (best.metric_for_best_model, best.greater_is_better) == (metric, greater)
+
+
+def test_for_sft_a_teacher_changes_nothing(world: World, tmp_path: Path) -> None:
+    """It measures only: the student with a padded head learns over its own whole head, with a teacher or without."""
+    student = write_model(tmp_path / "padded", seed=5, width=256)
+    logs = []
+    for name, teacher in (("with", world.teacher), ("without", None)):
+        flags = common_flags(student, teacher, world.data, tmp_path / name)
+        assert run_cli([*flags, "--recipe", "sft", "--max_steps", "3"]) == 0
+        logs.append([step["loss"] for step in log_of(tmp_path / name)])
+    assert logs[0] == logs[1]
+
+
+def test_a_student_that_believes_in_its_padding_is_named(world: World, tmp_path: Path, capsys) -> None:
+    student = write_model(tmp_path / "padded", seed=5, width=512)
+    assert run_cli([*common_flags(student, world.teacher, world.data, tmp_path / "out"), "--max_steps", "1"]) == 0
+    assert "of its probability to ids that the teacher lacks" in capsys.readouterr().err
+
+
+def test_rows_without_a_token_to_predict_are_left_out_also_without_a_length_limit(world: World, tmp_path: Path, capsys) -> None:
+    rows = [{"text": e.prompt} for e in distinct("train", 6)]
+    rows[1] = rows[4] = {"text": "<eos>"}  # one token, and nothing predicts a first one
+    data = write_rows(tmp_path / "text.jsonl", rows)
+    flags = common_flags(world.student, world.teacher, data, tmp_path / "out")
+    assert run_cli([*flags, "--max_length", "null", "--max_steps", "1"]) == 0
+    assert "2 of 6 rows (row 2, 5) have no supervised token left" in capsys.readouterr().err
+
+
+def test_starvation_counts_from_where_a_run_resumes(world: World, tmp_path: Path, capsys) -> None:
+    flags = [
+        f
+        for f in common_flags(world.student, world.teacher, world.data, tmp_path / "out")
+        if f not in ("--save_strategy", "no")
+    ]
+    flags += ["--gate", "random", "--gate_options", '{"rate": 0.0}', "--rejected", "mask", "--starvation_patience", "4"]
+    assert run_cli([*flags, "--save_steps", "3", "--max_steps", "3"]) == 0
+    more = ["--max_steps", "5", "--resume_from_checkpoint", "true", "--allow_changed_config", "true"]
+    assert run_cli([*flags, "--save_steps", "3", *more]) == 0
+    assert "STARVATION" not in capsys.readouterr().err
+
+
+def test_an_adapter_finds_its_base_from_any_folder(world: World, tmp_path: Path, monkeypatch) -> None:
+    """Trained from a relative path, on a single module."""
+    monkeypatch.chdir(world.student.parent)
+    flags = common_flags(Path("student"), world.teacher, world.data, tmp_path / "lora")
+    assert run_cli([*flags, "--use_peft", "true", "--lora_target_modules", "q_proj", "--max_steps", "1"]) == 0
+    assert all("q_proj" in name for name in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "lora") is not None
+
+
+def test_a_teacher_without_a_tokenizer_is_refused_and_predict_works(world: World, tmp_path: Path) -> None:
+    args = SpecKDConfig(output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True)
+    data = Dataset.from_json(str(world.data))
+    nameless = AutoModelForCausalLM.from_pretrained(world.teacher)
+    named = AutoModelForCausalLM.from_pretrained(world.teacher)
+    nameless.name_or_path = nameless.config._name_or_path = ""
+    with pytest.raises(SpeckdError, match="Pass teacher_processing_class"):
+        SpecKDTrainer(str(world.student), nameless, args, data)
+    trainer = SpecKDTrainer(str(world.student), named, args, data, data)
+    assert trainer.vocabulary.size == len(build_tokenizer())
+    trainer.train()
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] > 0
