@@ -205,6 +205,8 @@ def _typed(merged: dict[str, Any], origin: dict[str, str]) -> tuple[SpecKDConfig
     for key, value in merged.items():
         if value is None:
             continue
+        if key in SpecKDConfig._VALID_DICT_FIELDS and isinstance(value, str):
+            _require_json(key, value, origin[key])
         if isinstance(value, dict):
             words += [f"--{key}", json.dumps(value, default=str)]
         elif isinstance(value, (list, tuple)):
@@ -229,6 +231,14 @@ def _typed(merged: dict[str, Any], origin: dict[str, str]) -> tuple[SpecKDConfig
         raise _type_error(str(error), merged, origin) from None
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error).strip().splitlines()[0].rstrip("."), "Correct the settings named there") from None
+
+
+def _require_json(key: str, text: str, source: str) -> None:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        fix = f"Write for example --{key} '{{\"name\": 5}}', or a mapping in the file"
+        raise ConfigError(f"{source}: {key}: {text!r} is not JSON ({error})", fix) from None
 
 
 def _require_single_values(merged: dict[str, Any], origin: dict[str, str], actions: list[argparse.Action]) -> None:

@@ -166,6 +166,10 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
     "unknown recipe": (lambda p: p.flags("--recipe", "paper-v3"), ["'paper-v3'", "Did you mean 'paper-v"]),
     "unknown gate": (lambda p: p.flags("--gate", "topk"), ["'topk'", "'top_k'"]),
     "unknown gate option": (lambda p: p.flags("--gate", "top_k", "--gate_options", '{"k": 1}'), ["gate_options", "'k'"]),
+    "options that are not JSON": (
+        lambda p: p.flags("--gate", "top_k", "--gate_options", "{verify_top_k: 3}"),
+        ["the command line", "gate_options", "not JSON"],
+    ),
     "k of zero": (lambda p: p.flags("--gate", "top_k", "--gate_options", '{"verify_top_k": 0}'), ["verify_top_k is 0"]),
     "liger": (lambda p: p.flags("--use_liger_kernel", "true"), ["use_liger_kernel"]),
     "split packing": (lambda p: p.flags("--packing", "true", "--packing_strategy", "bfd_split"), ["bfd_split", "'bfd'"]),
