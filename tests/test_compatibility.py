@@ -36,11 +36,11 @@ def heads(student_width: int, teacher_width: int) -> tuple[LMHead, LMHead]:
     return tuple(LMHead(torch.randn(width, 2, generator=generator)) for width in (student_width, teacher_width))  # type: ignore[return-value]
 
 
-def test_qwen_widths_just_work_with_one_line(caplog) -> None:
+def test_qwen_widths_just_work_with_one_line(caplog, monkeypatch) -> None:
     """151,936 against 152,064 rows over 151,665 tokens: the loss is that of the real tokens, junk in the padding or not."""
     tokenizer = WordTokenizer(words(151_665))
-    with caplog.at_level(logging.WARNING, "speckd"):
-        logging.getLogger("speckd").propagate = True
+    monkeypatch.setattr(logging.getLogger("speckd"), "propagate", True)  # the command line turns it off
+    with caplog.at_level(logging.WARNING):
         shared = shared_vocabulary(tokenizer, tokenizer, 151_936, 152_064)
     assert [r.getMessage() for r in caplog.records] == [
         "Vocabulary: the student's head has 151,936 rows, the teacher's 152,064; "

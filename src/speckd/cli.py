@@ -86,11 +86,20 @@ def options(text: Annotated[str, typer.Argument(help="Show only settings that co
             typer.echo(f"{key}: {' '.join(description.split())}")
 
 
+class _BesideBars(logging.Handler):
+    """Writes lines of their own on stderr where a progress bar is running."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def _say_to_people() -> None:
     """Our own lines as they are; libraries speak up only for warnings that a user can act upon."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    handler = logging.StreamHandler()
+    handler = _BesideBars()
     handler.setFormatter(logging.Formatter("%(message)s"))
     own = logging.getLogger("speckd")
     own.handlers, own.propagate = [handler], False
@@ -118,7 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = 130
     if code == 130:  # typer turns the interrupt into this
-        resumes = "; training goes on from its last checkpoint with --resume_from_checkpoint true" if "train" in words else ""
+        resumes = (
+            "; --resume_from_checkpoint true goes on from the last checkpoint, if there is one" if "train" in words else ""
+        )
         print(f"interrupted{resumes}", file=sys.stderr)
     return code
 

@@ -55,6 +55,17 @@ def keep_supervised(prepared: Dataset, total: int, name: str, max_length: int | 
     return prepared, dropped
 
 
+def longest_row(prepared: Dataset, name: str, max_length: int | None) -> int:
+    """Tokens of the longest row; says how many rows reach the limit, and so may have lost their end."""
+    lengths = [len(ids) for ids in prepared["input_ids"]]
+    cut = sum(length == max_length for length in lengths)
+    if cut:
+        logger.warning(
+            "%s data: %d of %d rows are cut at max_length (%s), or just as long.", name, cut, len(lengths), max_length
+        )
+    return max(lengths)
+
+
 def _is_supervised(row: dict[str, Any]) -> bool:
     """Is there a token to predict? Nothing predicts a sample's first one."""
     return any(label != IGNORED_LABEL for label in row["labels"][1:])

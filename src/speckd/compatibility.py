@@ -108,11 +108,14 @@ def require_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
     known = sorted(student.get_vocab().keys() & teacher.get_vocab().keys())  # a token of one side alone is no disagreement
     some = known[:: max(1, len(known) // 1000)]
     probes = [_PROBE, *(" ".join(some[i : i + 10]) for i in range(0, len(some), 10))]
-    if any(student.encode(p, add_special_tokens=False) != teacher.encode(p, add_special_tokens=False) for p in probes):
-        raise VocabularyError(
-            "student and teacher share token ids but cut the same text differently (other merges or normalisation)",
-            "Use models of one family, with one tokenizer",
-        )
+    for probe in probes:
+        own, other = (one.encode(probe, add_special_tokens=False) for one in (student, teacher))
+        if own != other:
+            raise VocabularyError(
+                "student and teacher share token ids but cut the same text differently (other merges or normalisation): "
+                f"{probe[:30]!r}… is {own[:6]}… in the student, {other[:6]}… in the teacher",
+                "Use models of one family, with one tokenizer",
+            )
 
 
 def _refuse_conflicts(own: Mapping[str, int], other: Mapping[str, int]) -> None:

@@ -101,7 +101,9 @@ def _require_json_lines(path: Path) -> None:
             rows += 1
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: not UTF-8 ({error.reason})", "Save the file as UTF-8") from None
+            except (ValueError, RecursionError) as error:  # not JSON, or nested without end
                 raise DataError(f"{path}:{number}: not JSON ({error})", "Write one JSON object a line") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: not a JSON object", 'Write {"prompt": ..., "completion": ...}')

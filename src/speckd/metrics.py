@@ -31,7 +31,7 @@ _NAMES = [
     "divergence_rejected",
     "loss_share/accepted",
     "loss_share/rejected",
-    "loss_share/label",
+    "loss_share/label_loss_weight",
     *_POSITIONS,
     *_ENTROPIES,
 ]
@@ -84,7 +84,8 @@ class AcceptanceTally:
 def _per_sequence(values: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over sequences of the mean over their tokens, and the number of sequences."""
     _, place, size = sample.unique(return_inverse=True, return_counts=True)
-    return (values / size[place]).sum(), size.new_tensor(len(size))
+    sums = values.new_zeros(len(size)).index_add(0, place, values)
+    return (sums / size).sum(), size.new_tensor(len(size))
 
 
 def _place_in_sequence(output: LossOutput) -> Tensor:

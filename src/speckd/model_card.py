@@ -25,7 +25,7 @@ _MEASURES = {
 @dataclass(frozen=True)
 class CardFacts:
     """What a card is made of. `given`: settings that were said, `everything`: all with their resolved values; `start`, `end`:
-    held-out measures before and after; `data`: name to how much."""
+    held-out measures before and after; `data`: name to how much; `folder`: the student's; `warnings`: said in training."""
 
     student: str
     teacher: str | None
@@ -38,6 +38,12 @@ class CardFacts:
     seed: int
     steps: int
     adapter: bool
+    distilled: bool
+    folder: str
+    warnings: list[str]
+
+
+_ADAPTER = "\nThese are the weights of an adapter: `peft` must be installed, and its base model must still be where it was.\n"
 
 
 def versions() -> dict[str, str]:
@@ -55,21 +61,23 @@ def model_card(facts: CardFacts) -> str:
     front = {"library_name": "peft" if facts.adapter else "transformers", "tags": ["speckd", "distillation", "trl"]}
     front["base_model"] = facts.student
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
-    taught = f"`{_code(facts.teacher)}`" if facts.teacher else "no teacher"
+    teacher = f" by `{_code(facts.teacher)}`" if facts.teacher else ""
+    how = f"taught{teacher}" if facts.distilled else f"fine-tuned, and measured{teacher}" if teacher else "fine-tuned"
+    warnings = "".join(f"\n> {_cell(warning)}\n" for warning in facts.warnings)
     return f"""---
 {yaml.safe_dump(front, sort_keys=True)}---
 
 # A student distilled with speckd
 
-`{_code(facts.student)}` taught by {taught}: {facts.method}.
+`{_code(facts.student)}` {how}: {facts.method}.
 {facts.steps} optimizer steps, seed {facts.seed}.
-
+{warnings}
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+model = AutoModelForCausalLM.from_pretrained({facts.folder!r})
 ```
-
+{_ADAPTER if facts.adapter else ""}
 ## Held-out results
 
 {_results(facts)}
@@ -80,7 +88,7 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 
 ## Settings
 
-`speckd train --config config.yaml` with:
+`speckd train --config config.yaml --output_dir ANOTHER`, from the folder that the paths in it are relative to, with:
 
 ```yaml
 {_fenced(facts.given)}```

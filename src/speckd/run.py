@@ -1,8 +1,10 @@
 """`speckd train`: everything that can be wrong is looked for before a model is loaded; then load, measure, train, save."""
 
+import importlib.util
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,11 +25,16 @@ from speckd.data import is_conversational, load_data
 from speckd.errors import ConfigError, DataError
 from speckd.gates import Inverted, LabelInTopK, MatchedRandom, TopK, TwoSided
 from speckd.model_card import CardFacts, model_card, versions
-from speckd.settings import DEFAULT_RECIPE, Settings, load_settings
+from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
+
+_REPORTERS = {"wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "clearml", "swanlab", "neptune"}
+
+#: What a run leaves that failed before its first checkpoint: nothing to keep, so its folder may be used again.
+_LEFT_BY_A_FAILED_RUN = {"config.yaml", "training_log.jsonl"}
 
 #: The share of probability on ids that no tokenizer knows from which on it is worth a warning.
 MASS_TO_MENTION = 1e-3
@@ -64,6 +71,7 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
             f"eval_strategy is {settings.training.eval_strategy.value}, but nothing is held out",
             "Give eval_dataset, or set eval_strategy: no",
         )
+    _check_shapes(settings, train_data, held_out)
     tokenizers = _tokenizers(settings, is_conversational(train_data))
     checkpoint = _checkpoint(settings, output)
     _announce(settings, len(train_data), 0 if held_out is None else len(held_out))
@@ -72,8 +80,7 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            (output / "training_log.jsonl").unlink(missing_ok=True)
-            (output / "results.json").unlink(missing_ok=True)
+            _forget_earlier_run(output)
         (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
     start = _start(trainer, output, resumed=checkpoint is not None)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -85,6 +92,19 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
     trainer.accelerator.wait_for_everyone()  # all leave together: none dies of a connection that another has closed
     trainer.accelerator.end_training()
     return output
+
+
+def _check_shapes(settings: Settings, train_data: Dataset, held_out: Dataset | None) -> None:
+    if settings.training.completion_only_loss and "completion" not in train_data.column_names:
+        raise DataError(
+            f"completion_only_loss: {settings.run.dataset_name} has no prompt and completion", "Remove it, or name the columns"
+        )
+    if held_out is not None and set(held_out.column_names) != set(train_data.column_names):
+        logger.warning(
+            "The held-out data has columns %s, the training data %s: what counts as supervised follows the training data.",
+            ", ".join(held_out.column_names),
+            ", ".join(train_data.column_names),
+        )
 
 
 def _say_things_once(settings: Settings) -> None:
@@ -178,13 +198,42 @@ def _output_folder(settings: Settings) -> Path:
         raise ConfigError(f"output_dir: {blocking} is a file, so there can be no {output}", "Choose another folder")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output_dir: {output} is a file", "Choose a folder")
+    _refuse_overwriting_inputs(settings, output)
+    _require_reporters(settings)
     free = settings.run.overwrite_output_dir or _resumes(settings)
-    if output.exists() and any(output.iterdir()) and not free:
+    if output.exists() and not free and {path.name for path in output.iterdir()} - _LEFT_BY_A_FAILED_RUN:
         raise ConfigError(
             f"output_dir: {output} exists and is not empty",
             "Choose another, or --resume_from_checkpoint true, or --overwrite_output_dir true",
         )
     return output
+
+
+def _require_reporters(settings: Settings) -> None:
+    """Reports go through packages of the same name, which a user installs or not."""
+    for name in settings.training.report_to or ():
+        if name in _REPORTERS and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"report_to: {name} is not installed", f"pip install {name}, or report_to: none")
+
+
+def _refuse_overwriting_inputs(settings: Settings, output: Path) -> None:
+    used = {
+        "the student": settings.model.model_name_or_path,
+        "the teacher": settings.training.teacher_model_name_or_path,
+        "the data": settings.run.dataset_name,
+        "the held-out data": settings.run.eval_dataset,
+    }
+    for what, name in used.items():
+        if name is not None and os.path.exists(name) and os.path.realpath(name) == os.path.realpath(output):
+            raise ConfigError(f"output_dir: {output} holds {what}, which would be overwritten", "Choose another folder")
+
+
+def _forget_earlier_run(output: Path) -> None:
+    """What a run that starts anew in an old folder must not leave there: a later resume would go on from it."""
+    for name in ("training_log.jsonl", "results.json", "README.md"):
+        (output / name).unlink(missing_ok=True)
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def _check_models_exist(settings: Settings) -> None:
@@ -246,6 +295,13 @@ def _tokenizers(settings: Settings, conversational: bool) -> tuple[PreTrainedTok
         return own, None
     theirs = _tokenizer("teacher_model_name_or_path", teacher, settings.training.teacher_model_revision or "main", settings)
     require_same_tokens(own, theirs)
+    if own.eos_token_id != theirs.eos_token_id:
+        logger.warning(
+            "The student ends with %r, the teacher with %r: where the data ends with one, the other never expects an end. Set "
+            "eos_token (or chat_template_path), or use a teacher of the same kind.",
+            own.eos_token,
+            theirs.eos_token,
+        )
     return own, theirs
 
 
@@ -322,7 +378,8 @@ def all_settings(settings: Settings) -> dict[str, Any]:
 
 
 def _announce(settings: Settings, rows: int, held_out: int) -> None:
-    named = f"recipe {settings.recipe}" if settings.recipe else "your own composition"
+    changed = ", changed" if settings.recipe and METHOD_KEYS & settings.given_by_user else ""
+    named = f"recipe {settings.recipe}{changed}" if settings.recipe else "your own composition"
     default = settings.recipe == DEFAULT_RECIPE and "recipe" not in settings.given
     hint = " (the default where nothing is said; 'speckd recipes' lists the others)" if default else ""
     logger.info("Method: %s%s: %s.", named, hint, describe_method(settings))
@@ -389,6 +446,9 @@ def _publish(settings: Settings, trainer: SpecKDTrainer, output: Path, start: di
     trainer.processing_class.save_pretrained(output)
     dropped = trainer.dropped_rows["train"]
     data = {"train": settings.run.dataset_name, "rows": dropped.total, "rows dropped for length": len(dropped.rows)}
+    if (held_out := trainer.dropped_rows.get("eval")) is not None:
+        name = settings.run.eval_dataset or f"{settings.run.dataset_name} (held-out split)"
+        data |= {"held out": name, "held-out rows": held_out.total, "held-out rows dropped": len(held_out.rows)}
     facts = CardFacts(
         student=str(settings.model.model_name_or_path),
         teacher=settings.training.teacher_model_name_or_path,
@@ -401,6 +461,9 @@ def _publish(settings: Settings, trainer: SpecKDTrainer, output: Path, start: di
         seed=settings.training.seed,
         steps=trainer.state.global_step,
         adapter=settings.model.use_peft,
+        distilled=settings.training.objective().needs_teacher,
+        folder=str(output),
+        warnings=trainer.warnings,
     )
     (output / "README.md").write_text(model_card(facts))
     results = {
@@ -410,12 +473,14 @@ def _publish(settings: Settings, trainer: SpecKDTrainer, output: Path, start: di
         "processes": trainer.accelerator.num_processes,
         "data": data,
         "settings": settings.given,
+        "warnings": trainer.warnings,
         "versions": versions(),
     }
     unfinished = output / "results.json.tmp"
     unfinished.write_text(json.dumps(results, indent=2) + "\n")
     unfinished.rename(output / "results.json")
-    logger.info("The student is in %s: AutoModelForCausalLM.from_pretrained(%r) loads it.", output, str(output))
+    what = f"The adapter of {settings.model.model_name_or_path}" if settings.model.use_peft else "The student"
+    logger.info("%s is in %s: AutoModelForCausalLM.from_pretrained(%r) loads it.", what, output, str(output))
     for name in ("nll", "kl", "agreement", "tar"):
         if name in end:
             logger.info("Held out, %s: %.4f before, %.4f after.", name, start.get(name, float("nan")), end[name])

@@ -20,14 +20,15 @@ from speckd.config import nearest
 from speckd.errors import ConfigError
 
 DEFAULT_RECIPE = "label-ratio"
-_METHOD_KEYS = {"gate", "rejected", "divergence", "label_loss_weight", "recipe"}
+METHOD_KEYS = {"gate", "rejected", "divergence", "label_loss_weight", "recipe"}
 _ANY_SEED = (0, 2**32 - 1)
 #: Numbers that Transformers, TRL or PEFT take unseen, and that would train nothing or end in a traceback: lowest, highest.
 _RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("seed", "data_seed", "gate_seed"), _ANY_SEED),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_rows", "starvation_patience", "lora_r"), (1, math.inf)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs"), (0, math.inf)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), (0, math.inf)),
+    "num_train_epochs": (1e-6, math.inf),
     **dict.fromkeys(("lora_dropout", "starvation_threshold"), (0, 1)),
     "max_length": (2, math.inf),
 }
@@ -51,13 +52,15 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. `given`: what the user (or the recipe) said, merged, as it is saved and compared on resuming."""
+    """One run. `given`: what the user (or the recipe) said, merged, as it is saved and compared on resuming; `given_by_user`:
+    the keys that stood in the file or in the flags."""
 
     training: SpecKDConfig
     model: ModelConfig
     run: RunArguments
     given: dict[str, Any]
     recipe: str | None
+    given_by_user: frozenset[str] = frozenset()
 
 
 def recipe_names() -> list[str]:
@@ -80,8 +83,9 @@ def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> 
     """
     from_file = _read_yaml(config) if config else {}
     from_flags = _read_flags(flags)
-    chosen = recipe or from_flags.pop("recipe", None) or from_file.pop("recipe", None)
-    if chosen is None and not _METHOD_KEYS & (from_file.keys() | from_flags.keys()):
+    in_file, in_flags = from_file.pop("recipe", None), from_flags.pop("recipe", None)
+    chosen = recipe or in_flags or in_file
+    if chosen is None and not METHOD_KEYS & (from_file.keys() | from_flags.keys()):
         chosen = DEFAULT_RECIPE
     sources = [(f"recipe {chosen}", yaml.safe_load(recipe_text(chosen)) if chosen else {})]
     sources += [(str(config), from_file), ("the command line", from_flags)]
@@ -91,17 +95,37 @@ def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> 
         _require_known(name, values)
         merged |= values
         origin |= dict.fromkeys(values, name)
+    for key in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"):
+        if merged.get(key):
+            raise ConfigError(
+                f"{origin[key]}: {key}: sharded training is not supported yet", "Use DDP: torchrun -m speckd train"
+            )
     training, model, run = _typed(merged, origin)
     _require_ranges(training, model, run, origin)
-    return Settings(training, model, run, merged, chosen)
+    _refuse_what_has_no_effect(training, model, merged)
+    return Settings(training, model, run, merged, chosen, frozenset(from_file) | frozenset(from_flags))
+
+
+def _refuse_what_has_no_effect(training: SpecKDConfig, model: ModelConfig, merged: dict[str, Any]) -> None:
+    adapter = [key for key in merged if key.startswith("lora_") or key in ("use_dora", "use_rslora")]
+    if adapter and not model.use_peft:
+        raise ConfigError(f"{adapter[0]} is set, but the student gets no adapter", "Add use_peft: true, or remove it")
+    if training.fp16 and training.device.type == "cpu":
+        raise ConfigError("fp16 needs a GPU", "Train in float32, or in bfloat16 with bf16: true")
 
 
 def all_keys() -> dict[str, str]:
     """Every key that a run understands, and its help."""
     found: dict[str, str] = {}
     for group in (RunArguments, SpecKDConfig, ModelConfig):
-        found |= {f.name: str(f.metadata.get("help", "")) for f in dataclasses.fields(group)}
+        found |= {f.name: f"{f.metadata.get('help', '')}{_default(f)}" for f in dataclasses.fields(group)}
     return found
+
+
+def _default(field: dataclasses.Field) -> str:
+    return (
+        "" if field.default in (dataclasses.MISSING, None) else f" [default: {getattr(field.default, 'value', field.default)}]"
+    )
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -205,7 +229,7 @@ def _typed(merged: dict[str, Any], origin: dict[str, str]) -> tuple[SpecKDConfig
     for key, value in merged.items():
         if value is None:
             continue
-        if key in SpecKDConfig._VALID_DICT_FIELDS and isinstance(value, str):
+        if key in SpecKDConfig._VALID_DICT_FIELDS and isinstance(value, str) and value.lstrip().startswith("{"):
             _require_json(key, value, origin[key])
         if isinstance(value, dict):
             words += [f"--{key}", json.dumps(value, default=str)]

@@ -23,6 +23,7 @@ from speckd.collation import (
     SampleCollator,
     as_token_batch,
     keep_supervised,
+    longest_row,
     mask_repeated,
     number_rows,
     require_isolation,
@@ -102,6 +103,8 @@ class SpecKDTrainer(SFTTrainer):
         if teacher_model is None and self.objective.needs_teacher:
             raise ConfigError("no teacher is given", "Set teacher_model_name_or_path, or label_loss_weight: 1 for SFT")
         self.dropped_rows: dict[str, DroppedRows] = {}
+        self.longest_row: dict[str, int] = {}  # tokens
+        self.warnings: list[str] = []  # what went wrong in training, for the card
         args.eval_packing = False  # held-out rows are measured one by one
         super().__init__(
             model=model,
@@ -170,6 +173,7 @@ class SpecKDTrainer(SFTTrainer):
     def _check_models(self) -> None:
         for model, name in ((self.student, "student"), (self.teacher, "teacher")):
             if model is not None:
+                self._check_positions(model, name)
                 check_head(model, name)
                 if self.padding_free:
                     require_isolation(model, name)
@@ -178,6 +182,15 @@ class SpecKDTrainer(SFTTrainer):
             raise VocabularyError(
                 f"the teacher puts {dropped:.2%} of its probability on tokens that the student does not have",
                 f"Use models with the same tokens, or accept it: max_dropped_mass above {dropped:.2g}",
+            )
+
+    def _check_positions(self, model: Any, name: str) -> None:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(self.longest_row.values(), default=0)
+        if positions is not None and longest > positions:
+            raise ConfigError(
+                f"max_length: the longest row has {longest} tokens, but the {name} was made for {positions} positions",
+                f"Set max_length to at most {positions}",
             )
 
     def _check_data(self) -> None:
@@ -219,6 +232,7 @@ class SpecKDTrainer(SFTTrainer):
                 f"the {dataset_name} data cannot be prepared: {reason}", "Check the data and its chat template"
             ) from error
         prepared, self.dropped_rows[dataset_name] = keep_supervised(prepared, total, dataset_name, args.max_length)
+        self.longest_row[dataset_name] = longest_row(prepared, dataset_name, args.max_length)
         return spread_sample_ids(prepared, packing, args.max_length, args.packing_strategy)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -343,6 +357,7 @@ class SpecKDTrainer(SFTTrainer):
             logs |= self._window_metrics()
         if "train_loss" in logs and self._run_loss[1]:
             logs["train_loss"] = self._run_loss[0] / self._run_loss[1]
+            self._window_metrics()  # the steps since the last log may have starved, too
         super().log(logs, start_time)
 
     def _window_metrics(self) -> dict[str, float]:
@@ -357,6 +372,7 @@ class SpecKDTrainer(SFTTrainer):
         if "tar" in metrics and self.is_world_process_zero():
             warning = self._watch.update(metrics["tar"], self.state.global_step - (self._logged_step or 0))
             if warning:
+                self.warnings.append(warning)
                 logger.warning("%s", warning)
         self._logged_step = self.state.global_step
         return metrics

@@ -123,6 +123,12 @@ def long_prompts() -> str:
     return "".join(json.dumps({"prompt": "now " * 30, "completion": " ok"}) + "\n" for _ in range(3))
 
 
+def latin(place: Place) -> Flags:
+    flags = place.with_data("")
+    (place.folder / "own.jsonl").write_bytes('{"prompt": "é", "completion": "a"}\n'.encode("latin-1"))
+    return flags
+
+
 def nonempty_output(place: Place) -> Flags:
     place.output.mkdir()
     (place.output / "precious.txt").write_text("mine")
@@ -170,6 +176,31 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
         lambda p: p.flags("--gate", "top_k", "--gate_options", "{verify_top_k: 3}"),
         ["the command line", "gate_options", "not JSON"],
     ),
+    "output is the teacher": (
+        lambda p: p.flags("--output_dir", str(p.teacher), "--overwrite_output_dir", "true"),
+        ["holds the teacher", "overwritten"],
+    ),
+    "output is the student": (
+        lambda p: p.flags("--output_dir", f"{p.student}/.", "--overwrite_output_dir", "true"),
+        ["holds the student", "overwritten"],
+    ),
+    "longer than the student's positions": (
+        lambda p: [*p.with_data(json.dumps({"prompt": "now " * 150, "completion": " ok"}) + "\n"), "--max_length", "1000"],
+        ["the longest row has 152 tokens", "the student was made for 128 positions", "at most 128"],
+    ),
+    "adapter settings without an adapter": (lambda p: p.flags("--lora_r", "8"), ["lora_r is set", "use_peft: true"]),
+    "half precision on a CPU": (lambda p: p.flags("--fp16", "true"), ["fp16 needs a GPU"]),
+    "completions of text": (
+        lambda p: [*p.with_data('{"text": "now ok"}\n'), "--completion_only_loss", "true"],
+        ["own.jsonl has no prompt and completion"],
+    ),
+    "sharded": (lambda p: p.flags("--fsdp", "full_shard"), ["fsdp", "not supported yet", "torchrun"]),
+    "deepspeed": (lambda p: p.with_yaml("deepspeed: zero3.json\n"), ["run.yaml: deepspeed", "not supported yet"]),
+    "report to what is not installed": (
+        lambda p: p.flags("--report_to", "clearml"),
+        ["clearml is not installed", "pip install"],
+    ),
+    "no epochs": (lambda p: p.flags("--num_train_epochs", "0"), ["num_train_epochs is 0"]),
     "k of zero": (lambda p: p.flags("--gate", "top_k", "--gate_options", '{"verify_top_k": 0}'), ["verify_top_k is 0"]),
     "liger": (lambda p: p.flags("--use_liger_kernel", "true"), ["use_liger_kernel"]),
     "split packing": (lambda p: p.flags("--packing", "true", "--packing_strategy", "bfd_split"), ["bfd_split", "'bfd'"]),
@@ -222,6 +253,7 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
     "conflicting vocabularies": (lambda p: other_tokenizer(p, swap("cat", "dog")), ["2 tokens have different ids", "'cat'"]),
     "renamed token": (lambda p: other_tokenizer(p, rename("cat", "lion")), ["1 ids mean different tokens", "'cat'", "'lion'"]),
     "other normalisation": (lowercased, ["cut the same text differently"]),
+    "not UTF-8": (latin, ["own.jsonl:1: not UTF-8", "Save the file as UTF-8"]),
     "no end token": (no_eos, ["no end token"]),
     "student of NaN": (lambda p: nan_model(p, "student", torch.nan), ["the student's logits are NaN"]),
     "teacher of infinities": (lambda p: nan_model(p, "teacher", torch.inf), ["the teacher's logits are NaN or infinite"]),
@@ -369,3 +401,45 @@ def test_assistant_only_loss_supervises_the_assistant(place: Place, tmp_path: Pa
         found[name] = json.loads((tmp_path / f"out-{name}" / "results.json").read_text())["end"]["tokens"]
     wanted = sum(len(tokenizer(r["completion"]).input_ids) + 1 for r in task_rows(6))
     assert found["chat"] == wanted < found["all"]
+
+
+def test_a_flag_overrides_the_recipe_of_a_file(place: Place, capsys) -> None:
+    assert run_cli([*place.with_yaml("recipe: paper-v1\n"), "--recipe", "ungated"]) == 0
+    assert "Method: recipe ungated: " in capsys.readouterr().err
+
+
+def test_a_changed_recipe_is_called_so(place: Place, capsys) -> None:
+    assert run_cli(place.flags("--recipe", "ungated", "--gate", "top_k")) == 0
+    assert "Method: recipe ungated, changed: gate TopK" in capsys.readouterr().err
+
+
+def test_overwriting_leaves_nothing_that_a_later_run_would_resume(place: Place) -> None:
+    own = [f for f in place.flags() if f not in ("--save_strategy", "no")]
+    assert run_cli([*own, "--max_steps", "4", "--save_steps", "2"]) == 0
+    assert run_cli([*own, "--max_steps", "3", "--save_steps", "3", "--overwrite_output_dir", "true"]) == 0
+    assert {path.name for path in place.output.glob("checkpoint-*")} == {"checkpoint-3"}
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_leaves_the_folder_free(place: Place, capsys) -> None:
+    assert run_cli(place.flags("--learning_rate", "1e30", "--max_steps", "3")) == 2
+    assert "Lower the learning rate" in capsys.readouterr().err and (place.output / "config.yaml").exists()
+    assert run_cli(place.flags()) == 0
+
+
+def test_another_end_token_is_said(place: Place, capsys) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=build_tokenizer().backend_tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="####"
+    )
+    tokenizer.save_pretrained(place.teacher)
+    assert run_cli(place.flags()) == 0
+    assert "The student ends with '<eos>', the teacher with '####'" in capsys.readouterr().err
+
+
+def test_rows_that_reach_the_limit_and_other_shapes_of_held_out_data_are_said(place: Place, capsys) -> None:
+    rows = [{"text": row["prompt"] + row["completion"]} for row in task_rows(3)]
+    held_out = write_rows(place.folder / "dev.jsonl", rows)
+    assert run_cli(place.flags("--eval_dataset", str(held_out), "--max_length", "20")) == 0
+    said = capsys.readouterr().err
+    assert "rows are cut at max_length (20), or just as long" in said and "The held-out data has columns text" in said
+    card = (place.output / "README.md").read_text()
+    assert "held-out rows | 3" in card

@@ -66,6 +66,7 @@ def test_the_papers_defaults() -> None:
 def test_words_become_what_they_stand_for(tmp_path) -> None:
     (tmp_path / "run.yaml").write_text("save_strategy: no\nmax_length: null\nlearning_rate: 1e-4\nreport_to: none\n")
     flags = ["--output_dir", str(tmp_path), "--use_cpu", "--seed", "7", "--eval_strategy=no", "--lora_target_modules", "a", "b"]
+    flags += ["--use_peft"]
     found = load_settings(tmp_path / "run.yaml", None, flags)
     training = found.training
     assert (training.save_strategy, training.eval_strategy, training.max_length) == ("no", "no", None)
@@ -146,7 +147,7 @@ def test_tallies_add_up_in_any_split() -> None:
     accepted = objective.gate(_rows(given))
     assert abs(whole["tar_micro"] - float(accepted.mean())) < 1e-12
     assert abs(whole["tar"] - float(accepted.reshape(3, 4).mean(1).mean())) < 1e-12
-    shares = [whole[f"loss_share/{name}"] for name in ("accepted", "rejected", "label")]
+    shares = [whole[f"loss_share/{name}"] for name in ("accepted", "rejected", "label_loss_weight")]
     assert abs(sum(shares) - 1) < 1e-9 and all(share > 0 for share in shares)
 
 

@@ -85,6 +85,15 @@ def test_starvation_is_said_once_with_its_remedies(world: World, tmp_path: Path,
     assert said.count("STARVATION") == 1
     assert all(remedy in said for remedy in ("SFT", "rejected: label", "label_ratio"))
     assert all(step["loss"] == 0 for step in log_of(tmp_path / "out"))
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["warnings"]) == 1
+    assert "> STARVATION" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_starvation_between_logs_is_said_at_the_end(world: World, tmp_path: Path, capsys) -> None:
+    flags = [*common_flags(world.student, world.teacher, world.data, tmp_path / "out"), "--max_steps", "6", "--gate", "random"]
+    more = ["--rejected", "mask", "--gate_options", '{"rate": 0.0}', "--starvation_patience", "4", "--logging_steps", "100"]
+    assert run_cli([*flags, *more]) == 0
+    assert capsys.readouterr().err.count("STARVATION") == 1
 
 
 def test_a_scrambled_teacher_hurts_and_is_off_in_evaluation(world: World, tmp_path: Path) -> None:
