@@ -7,11 +7,11 @@ import pytest
 from trl import SFTConfig
 
 from speckd.arguments import SpecKDConfig
+from speckd.checks import resumes
 from speckd.cli import main
 from speckd.config import DIVERGENCES, GATES, REJECTED
 from speckd.errors import SpeckdError
 from speckd.metrics import AcceptanceTally, StarvationWatch
-from speckd.run import _resumes
 from speckd.settings import RunArguments, load_settings, recipe_names
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def test_example_files_are_valid_settings(path: Path) -> None:
 
 def test_not_resuming_can_be_said(tmp_path) -> None:
     flags = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "false"]
-    assert not _resumes(load_settings(None, None, flags))
+    assert not resumes(load_settings(None, None, flags))
 
 
 def test_the_starvation_watch_waits_says_it_once_and_forgets() -> None:
