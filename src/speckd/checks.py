@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _REPORTERS = {"wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "clearml", "swanlab", "neptune"}
 
 #: What a run leaves that failed before its first checkpoint: nothing to keep, so its folder may be used again.
-_LEFT_BY_A_FAILED_RUN = {"config.yaml", "training_log.jsonl"}
+_LEFT_BY_A_FAILED_RUN = {"config.yaml", "training_log.jsonl", "runs"}
 
 #: Settings that may differ when a run is resumed: they change what is said and kept, not what is learnt.
 _FREE_ON_RESUME = {
@@ -53,11 +53,18 @@ def output_folder(settings: Settings) -> Path:
         raise ConfigError(f"output_dir: {output} is a file", "Choose a folder")
     _refuse_overwriting_inputs(settings, output)
     _require_reporters(settings)
-    free = settings.run.overwrite_output_dir or resumes(settings)
-    if output.exists() and not free and {path.name for path in output.iterdir()} - _LEFT_BY_A_FAILED_RUN:
+    if not output.exists() or settings.run.overwrite_output_dir:
+        return output
+    kept = {path.name for path in output.iterdir() if not path.name.startswith(".")} - _LEFT_BY_A_FAILED_RUN
+    if kept and not resumes(settings):
         raise ConfigError(
             f"output_dir: {output} exists and is not empty",
             "Choose another, or --resume_from_checkpoint true, or --overwrite_output_dir true",
+        )
+    if kept and str(settings.training.resume_from_checkpoint).lower() == "true" and get_last_checkpoint(str(output)) is None:
+        raise ConfigError(
+            f"resume_from_checkpoint: {output} holds no checkpoint, but other files",
+            "Choose another output_dir, or --overwrite_output_dir true to start anew there",
         )
     return output
 
@@ -77,7 +84,7 @@ def _refuse_overwriting_inputs(settings: Settings, output: Path) -> None:
         "the held-out data": settings.run.eval_dataset,
     }
     for what, name in used.items():
-        if name is not None and os.path.exists(name) and os.path.realpath(name) == os.path.realpath(output):
+        if name is not None and os.path.exists(name) and Path(name).resolve().is_relative_to(output.resolve()):
             raise ConfigError(f"output_dir: {output} holds {what}, which would be overwritten", "Choose another folder")
 
 
@@ -205,14 +212,26 @@ def checkpoint_to_resume(settings: Settings, output: Path) -> str | None:
         raise ConfigError(
             f"resume_from_checkpoint: there is no folder {found}", "Give a checkpoint folder, or true for the last"
         )
+    if not (Path(found) / "trainer_state.json").is_file():
+        raise ConfigError(
+            f"resume_from_checkpoint: {found} is no checkpoint of a run", "Give a folder named checkpoint-N, or true"
+        )
     saved = yaml.safe_load((output / "config.yaml").read_text()) if (output / "config.yaml").exists() else settings.given
     for key in sorted((saved.keys() | settings.given.keys()) - _FREE_ON_RESUME):
         was, now = saved.get(key), settings.given.get(key)
-        if str(was) != str(now) and not settings.run.allow_changed_config:
+        if not _same(was, now) and not settings.run.allow_changed_config:
             raise ConfigError(
                 f"resume: {key} was {was!r} and is {now!r} now", "Undo the change, or --allow_changed_config true"
             )
     return found
+
+
+def _same(was: Any, now: Any) -> bool:
+    """1e-4 is a text to YAML, and 0.0001 to the command line."""
+    try:
+        return float(was) == float(now)
+    except (TypeError, ValueError):
+        return str(was) == str(now)
 
 
 def loaded(key: str, name: str, load: Callable[[], Any]) -> Any:

@@ -35,6 +35,8 @@ class DroppedRows:
 
 
 def number_rows(dataset: Dataset) -> Dataset:
+    if SAMPLE in dataset.column_names:
+        dataset = dataset.remove_columns(SAMPLE)
     return dataset.add_column(SAMPLE, list(range(len(dataset))))
 
 
@@ -89,7 +91,7 @@ def require_known_tokens(dataset: Dataset, vocabulary: SharedVocabulary, name: s
             continue
         token = int(unknown[0])
         rows = zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), table[SAMPLE].to_pylist(), strict=True)
-        row = next(samples[0] for ids, labels, samples in rows if token in ids or token in labels)
+        row = next(sample for row in rows for i, label, sample in zip(*row, strict=True) if token in (i, label))
         raise VocabularyError(
             f"the {name} data: row {row + 1} holds token id {token}, which the teacher does not have",
             "Remove that token from the data or the chat template, or use a teacher that has it",

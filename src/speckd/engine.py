@@ -101,7 +101,8 @@ class _Batch:
         gate = self.objective.gate
         if self.teacher is None or not self.objective.needs_teacher or not isinstance(gate, BatchGate) or not chunks:
             return None
-        scores = [gate.score(self.chunk(self.head(hidden[index]), index)) for index in chunks]
+        head = self.head.widened()
+        scores = [gate.score(self.chunk(head(hidden[index]), index)) for index in chunks]
         return gate.select(torch.cat(scores), self.rows.keys)
 
     def terms(self, logits: Tensor, index: Tensor, verdicts: Tensor | None) -> tuple[TokenTerms, Tensor]:

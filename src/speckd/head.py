@@ -32,6 +32,11 @@ class LMHead:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def widened(self) -> "LMHead":
+        """The same with float32 weights (float64 stays), so that several products convert them once. No gradient flows back."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return replace(self, weight=self.weight.detach().to(dtype))
+
     def restricted(self, token_ids: Tensor | int) -> "LMHead":
         """Only the first n tokens (a view), or only the given ids (a copy), of the vocabulary."""
         if isinstance(token_ids, int) and token_ids == self.weight.shape[0]:

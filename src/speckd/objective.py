@@ -84,6 +84,7 @@ def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTe
         rows: N supervised tokens.
         acceptance: [N] from the gate, no gradient.
     """
+    acceptance = acceptance.to(rows.student_logits.dtype)
     on, fallback_on = objective.rejected.weights(acceptance)
     share, temperature = 1 - objective.label_loss_weight, objective.divergence_temperature
     loss, divergence = torch.zeros_like(on), torch.full_like(on, torch.nan)
@@ -94,7 +95,7 @@ def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTe
     # infinite value together with its gradient, which multiplying by 0 would turn into NaN.
     weighed = on.nonzero()[:, 0]
     if share > 0 and weighed.numel():
-        per_token = temperature**2 * objective.divergence(*_on_support(rows, weighed, temperature))
+        per_token = (temperature**2 * objective.divergence(*_on_support(rows, weighed, temperature))).to(loss.dtype)
         loss = loss.index_add(0, weighed, share * on[weighed] * per_token)
         divergence = divergence.index_copy(0, weighed, per_token.detach())
         own = torch.where(acceptance[weighed] > 0, acceptance[weighed] * per_token.detach(), 0)
@@ -103,7 +104,7 @@ def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTe
     fallen = fallback_on.nonzero()[:, 0]
     if share > 0 and fallen.numel():
         seen = FallbackRows(label_log_prob[fallen], lambda: _on_support(rows, fallen, temperature), temperature)
-        fallback = share * fallback_on[fallen] * objective.rejected.fallback(seen)
+        fallback = (share * fallback_on[fallen] * objective.rejected.fallback(seen)).to(loss.dtype)
         loss = loss.index_add(0, fallen, fallback)
         rejected = rejected.index_add(0, fallen, fallback.detach())
     if objective.label_loss_weight > 0:

@@ -30,7 +30,7 @@ from speckd.errors import ConfigError
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings
 from speckd.trainer import SpecKDTrainer, load_teacher
-from speckd.training_log import TrainingLog
+from speckd.training_log import TrainingLog, read_log
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             _forget_earlier_run(output)
-        (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
+        if config is None or config.resolve() != (output / "config.yaml").resolve():
+            (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
     start = _start(trainer, output, resumed=checkpoint is not None)
     trainer.train(resume_from_checkpoint=checkpoint)
     _warn_of_padding(trainer)
@@ -139,11 +140,13 @@ def _nothing_left_behind(output: Path) -> Iterator[None]:
 
 
 def _forget_earlier_run(output: Path) -> None:
-    """What a run that starts anew in an old folder must not leave there: a later resume would go on from it."""
-    for name in ("training_log.jsonl", "results.json", "README.md"):
-        (output / name).unlink(missing_ok=True)
-    for checkpoint in output.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    """What a run that starts anew in an old folder must not leave there: a resume would go on from it, a load pick it up."""
+    for pattern in ("training_log.jsonl", "results.json", "README.md", "adapter_*", "model*.safetensors*", "pytorch_model*"):
+        for path in output.glob(pattern):
+            path.unlink()
+    for path in output.glob("checkpoint-*"):
+        if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit():
+            shutil.rmtree(path)
 
 
 # ---- what is said and saved ------------------------------------------------------------------------------------------------
@@ -206,10 +209,9 @@ def _student(settings: Settings) -> Any:
 
 def _start(trainer: SpecKDTrainer, output: Path, resumed: bool) -> dict[str, float]:
     """Held-out measures before the first step; of a resumed run, those in its log."""
-    if not resumed or not (output / "training_log.jsonl").exists():
+    if not resumed or trainer.eval_dataset is None:
         return _measured(trainer)
-    for line in (output / "training_log.jsonl").read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_log(output / "training_log.jsonl"):
         if entry["step"] == 0 and "eval_nll" in entry:
             return {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
     return {}

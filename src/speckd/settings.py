@@ -20,6 +20,7 @@ from speckd.config import nearest
 from speckd.errors import ConfigError
 
 DEFAULT_RECIPE = "label-ratio"
+_CHOSEN_BY_RECIPES = {"gate", "gate_options", "rejected", "rejected_options", "label_loss_weight"}
 METHOD_KEYS = {"gate", "rejected", "divergence", "label_loss_weight", "recipe"}
 _ANY_SEED = (0, 2**32 - 1)
 #: Numbers that Transformers, TRL or PEFT take unseen, and that would train nothing or end in a traceback: lowest, highest.
@@ -76,7 +77,7 @@ def recipe_text(name: str) -> str:
 
 
 def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> Settings:
-    """Merges recipe < file < flags and builds the typed settings.
+    """Merges recipe < file < flags and builds the typed settings; a recipe among the flags replaces the file's method.
 
     Raises:
         ConfigError: naming the file or flag, the key, and the nearest valid key or the expected type.
@@ -85,6 +86,8 @@ def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> 
     from_flags = _read_flags(flags)
     in_file, in_flags = from_file.pop("recipe", None), from_flags.pop("recipe", None)
     chosen = recipe or in_flags or in_file
+    if recipe or in_flags:
+        from_file = {key: value for key, value in from_file.items() if key not in _CHOSEN_BY_RECIPES}
     if chosen is None and not METHOD_KEYS & (from_file.keys() | from_flags.keys()):
         chosen = DEFAULT_RECIPE
     sources = [(f"recipe {chosen}", yaml.safe_load(recipe_text(chosen)) if chosen else {})]
@@ -108,7 +111,7 @@ def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> 
 
 def _refuse_what_has_no_effect(training: SpecKDConfig, model: ModelConfig, merged: dict[str, Any]) -> None:
     adapter = [key for key in merged if key.startswith("lora_") or key in ("use_dora", "use_rslora")]
-    if adapter and not model.use_peft:
+    if adapter and not model.use_peft and "use_peft" not in merged:
         raise ConfigError(f"{adapter[0]} is set, but the student gets no adapter", "Add use_peft: true, or remove it")
     if training.fp16 and training.device.type == "cpu":
         raise ConfigError("fp16 needs a GPU", "Train in float32, or in bfloat16 with bf16: true")
@@ -178,14 +181,16 @@ def _read_flags(flags: list[str]) -> dict[str, Any]:
             raise ConfigError(f"the command line: '{word}' belongs to no option", "Write --key value")
         else:
             found[key].append(word)
-    return {key: words if len(words) > 1 else _scalar(words[0]) if words else True for key, words in found.items()}
+    return {key: words if len(words) > 1 else _scalar(key, words[0]) if words else True for key, words in found.items()}
 
 
-def _scalar(word: str) -> Any:
-    """What a word on the command line stands for: null, a truth value, a number, or itself."""
+def _scalar(key: str, word: str) -> Any:
+    """What a word on the command line stands for: null, a truth value, a number, or itself, as it always is for a text."""
     named = {"null": None, "true": True, "false": False}
     if word.lower() in named:
         return named[word.lower()]
+    if _kinds().get(key) in (str, str | None):
+        return word
     for kind in (int, float):
         try:
             return kind(word) if any(c.isdigit() for c in word) else word
@@ -272,9 +277,12 @@ def _require_single_values(merged: dict[str, Any], origin: dict[str, str], actio
             raise ConfigError(f"{origin[key]}: {key}: {value!r} does not fit (one value expected)", "Give a single value")
 
 
+def _kinds() -> dict[str, Any]:
+    return {f.name: f.type for group in (RunArguments, SpecKDConfig, ModelConfig) for f in dataclasses.fields(group)}
+
+
 def _is_flag(key: str) -> bool:
-    kinds = {f.name: str(f.type) for group in (RunArguments, SpecKDConfig, ModelConfig) for f in dataclasses.fields(group)}
-    return "bool" in kinds[key]
+    return "bool" in str(_kinds()[key])
 
 
 def _type_error(message: str, merged: dict[str, Any], origin: dict[str, str]) -> ConfigError:

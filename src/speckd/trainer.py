@@ -177,21 +177,17 @@ class SpecKDTrainer(SFTTrainer):
                 check_head(model, name)
                 if self.padding_free:
                     require_isolation(model, name)
-        dropped = self.mass(self.teacher, torch.tensor(self.vocabulary.teacher_only)) if self.vocabulary.teacher_only else 0.0
-        if dropped > self.args.max_dropped_mass:
-            raise VocabularyError(
-                f"the teacher puts {dropped:.2%} of its probability on tokens that the student does not have",
-                f"Use models with the same tokens, or accept it: max_dropped_mass above {dropped:.2g}",
-            )
 
     def _check_positions(self, model: Any, name: str) -> None:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(self.longest_row.values(), default=0)
-        if positions is not None and longest > positions:
-            raise ConfigError(
-                f"max_length: the longest row has {longest} tokens, but the {name} was made for {positions} positions",
-                f"Set max_length to at most {positions}",
-            )
+        config = model.config.get_text_config()
+        positions, unit = getattr(config, "max_position_embeddings", None), self.args.pad_to_multiple_of or 1
+        longest = math.ceil(max(self.longest_row.values(), default=0) / unit) * unit
+        if positions is None or longest <= positions:
+            return
+        said = f"the longest row has {longest} tokens, but the {name} was made for {positions} positions"
+        if getattr(config, "rope_parameters", None) is None:  # learned positions: there are no others
+            raise ConfigError(f"max_length: {said}", f"Set max_length to at most {positions}")
+        logger.warning("%s: what it says beyond them may be worthless. Set max_length to at most %d.", said, positions)
 
     def _check_data(self) -> None:
         if self.teacher is None:
@@ -202,6 +198,14 @@ class SpecKDTrainer(SFTTrainer):
         for name, dataset in held_out.items():
             if dataset is not None:
                 require_known_tokens(dataset, self.vocabulary, name)
+        if not self.objective.needs_teacher or not self.vocabulary.teacher_only:
+            return
+        dropped = self.mass(self.teacher, torch.tensor(self.vocabulary.teacher_only))
+        if dropped > self.args.max_dropped_mass:
+            raise VocabularyError(
+                f"the teacher puts {dropped:.2%} of its probability on tokens that the student does not have",
+                f"Use models with the same tokens, or accept it: max_dropped_mass above {dropped:.2g}",
+            )
 
     @torch.no_grad()
     def mass(self, model: Any, token_ids: Tensor) -> float:
@@ -259,10 +263,14 @@ class SpecKDTrainer(SFTTrainer):
 
     def _mask_repeated_rows(self, batches: list[dict[str, Any]]) -> None:
         """An epoch's last batches are filled up with rows seen before, so that processes have as many: learn none twice."""
-        state = self.accelerator.gradient_state
-        if batches and state.end_of_dataloader and state.remainder > 0:
-            own = int(batches[-1][EXAMPLE].max()) + 1
-            mask_repeated(batches[-1], state.remainder - self.accelerator.process_index * own)
+        if not batches or not self.accelerator.gradient_state.end_of_dataloader or self.args.dataloader_drop_last:
+            return
+        own, processes = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        if self.accelerator.split_batches:
+            own //= processes
+        # Accelerate's own `remainder` is not to be had after a resume in mid-epoch.
+        real = len(self.train_dataset) % (own * processes) or own * processes
+        mask_repeated(batches[-1], real - self.accelerator.process_index * own)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -280,8 +288,10 @@ class SpecKDTrainer(SFTTrainer):
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """(loss, no logits, no labels): whole logits are never made, so `predict` gives metrics only."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            output = self._objective_output(model, inputs, self._rows(inputs, self._training_vocabulary))
+        return output.sum / output.count.clamp(min=1), None, None
 
     def _objective_output(self, model: Any, inputs: dict[str, Any], rows: SupervisedRows) -> LossOutput:
         """The loss of a batch, computed inside the wrapped student's forward."""

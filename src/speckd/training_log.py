@@ -7,6 +7,17 @@ from typing import Any
 from transformers import TrainerCallback
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; what a kill cut in two is not one."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return entries
+
+
 class TrainingLog(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -16,14 +27,8 @@ class TrainingLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= state.global_step else []
-                except json.JSONDecodeError:
-                    continue  # the line that the kill cut in two
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [entry for entry in read_log(self.path) if entry["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs:

@@ -435,3 +435,14 @@ def test_residual_teaches_nothing_where_the_models_agree(counted, drawn) -> None
     same = Drawn(drawn.student, drawn.student.clone(), drawn.labels, drawn.rows)
     output, slope = loss_and_gradient(same, Objective(Random(0.0), Residual()))
     assert output.sum == 0 and (slope == 0).all()
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_float32_student_learns_from_a_float64_teacher(policy) -> None:
+    generator = torch.Generator().manual_seed(0)
+    index = torch.arange(6)
+    rows = SupervisedRows(index, index, TokenKeys(index, index))
+    student = torch.randn(6, 7, generator=generator).requires_grad_()
+    output = engine(student, torch.randn(6, 7, generator=generator).double(), rows, Objective(TopK(2), POLICIES[policy]))
+    output.sum.backward()
+    assert output.sum.dtype == torch.float32 and student.grad.abs().sum() > 0

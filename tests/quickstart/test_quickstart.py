@@ -2,7 +2,10 @@
 
 import io
 import json
+import multiprocessing
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,12 +141,33 @@ def test_stored_logits_are_the_teachers_at_the_right_token(tmp_path) -> None:
     assert float(loss.sum / loss.count) < 1e-5  # the teacher as its own student
 
 
-def test_a_folder_that_is_not_empty_is_refused(tmp_path, capsys) -> None:
+def test_a_folder_that_is_not_empty_is_refused(tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "mine.txt").write_text("x")
     assert main(["quickstart", "--output-dir", str(tmp_path)]) == 2
     assert "is not an empty folder" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="the folder that you are in"):
+        compare.run(Path())
     with pytest.raises(ConfigError, match="--seeds 0"):
         compare.run(tmp_path / "new", seeds=0)
+
+
+def test_workers_end_at_once_where_something_fails() -> None:
+    context = multiprocessing.get_context("spawn")
+    began = time.monotonic()
+
+    def fail() -> None:
+        with compare._workers(context, context.Value("q", 0)) as pool:
+            assert not pool.submit(time.sleep, 120).done()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert time.monotonic() - began < 60
+    for process in multiprocessing.active_children():
+        process.join(30)
+    assert not multiprocessing.active_children()
 
 
 def test_a_short_quickstart_leaves_table_curves_and_students(tmp_path, monkeypatch, capsys) -> None:

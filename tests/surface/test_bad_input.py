@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from speckd.tasks import build_tokenizer
 from tests.tiny import common_flags, run_cli, task_rows, write_model, write_rows
@@ -123,6 +123,13 @@ def long_prompts() -> str:
     return "".join(json.dumps({"prompt": "now " * 30, "completion": " ok"}) + "\n" for _ in range(3))
 
 
+def learned_positions(place: Place) -> Flags:
+    """A GPT-2 as student, which has no position beyond its last."""
+    tokens = len(build_tokenizer())
+    GPT2LMHeadModel(GPT2Config(vocab_size=tokens, n_positions=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(place.student)
+    return place.with_data(json.dumps({"prompt": "now " * 32, "completion": " ok"}) + "\n")
+
+
 def latin(place: Place) -> Flags:
     flags = place.with_data("")
     (place.folder / "own.jsonl").write_bytes('{"prompt": "é", "completion": "a"}\n'.encode("latin-1"))
@@ -180,13 +187,25 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
         lambda p: p.flags("--output_dir", str(p.teacher), "--overwrite_output_dir", "true"),
         ["holds the teacher", "overwritten"],
     ),
+    "output holds the student": (
+        lambda p: p.flags("--output_dir", str(p.folder), "--overwrite_output_dir", "true"),
+        ["holds the student", "overwritten"],
+    ),
+    "resume where there is something else": (
+        lambda p: [*nonempty_output(p), "--resume_from_checkpoint", "true"],
+        ["holds no checkpoint, but other files", "--overwrite_output_dir"],
+    ),
+    "resume from a model": (
+        lambda p: p.flags("--resume_from_checkpoint", str(p.teacher)),
+        ["is no checkpoint of a run"],
+    ),
     "output is the student": (
         lambda p: p.flags("--output_dir", f"{p.student}/.", "--overwrite_output_dir", "true"),
         ["holds the student", "overwritten"],
     ),
     "longer than the student's positions": (
-        lambda p: [*p.with_data(json.dumps({"prompt": "now " * 150, "completion": " ok"}) + "\n"), "--max_length", "1000"],
-        ["the longest row has 152 tokens", "the student was made for 128 positions", "at most 128"],
+        learned_positions,
+        ["the longest row has 34 tokens", "the student was made for 32 positions", "at most 32"],
     ),
     "adapter settings without an adapter": (lambda p: p.flags("--lora_r", "8"), ["lora_r is set", "use_peft: true"]),
     "half precision on a CPU": (lambda p: p.flags("--fp16", "true"), ["fp16 needs a GPU"]),
@@ -418,6 +437,38 @@ def test_overwriting_leaves_nothing_that_a_later_run_would_resume(place: Place) 
     assert run_cli([*own, "--max_steps", "4", "--save_steps", "2"]) == 0
     assert run_cli([*own, "--max_steps", "3", "--save_steps", "3", "--overwrite_output_dir", "true"]) == 0
     assert {path.name for path in place.output.glob("checkpoint-*")} == {"checkpoint-3"}
+
+
+def test_overwriting_an_adapter_leaves_no_adapter(place: Place) -> None:
+    lora = ["--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj"]
+    assert run_cli([*place.flags(), *lora]) == 0
+    (place.output / "checkpoint-notes.txt").write_text("mine")
+    assert run_cli([*place.flags(), "--overwrite_output_dir", "true"]) == 0
+    assert not list(place.output.glob("adapter*")) and (place.output / "checkpoint-notes.txt").exists()
+    assert type(AutoModelForCausalLM.from_pretrained(place.output)).__name__ == "LlamaForCausalLM"
+
+
+def test_a_recipe_among_the_flags_replaces_the_files_method(place: Place, capsys) -> None:
+    flags = place.with_yaml("gate: top_k\ngate_options: {verify_top_k: 3}\nrejected: down_weight\ndivergence: reverse_kl\n")
+    assert run_cli([*flags, "--recipe", "ungated"]) == 0
+    assert "gate NoGate() → rejected tokens Mask() → reverse_kl" in capsys.readouterr().err
+
+
+def test_a_log_line_that_a_kill_cut_in_two_does_not_stop_a_resume(place: Place) -> None:
+    own = [f for f in place.flags("--save_steps", "1") if f not in ("--save_strategy", "no")]
+    assert run_cli(own) == 0
+    with (place.output / "training_log.jsonl").open("a") as log:
+        log.write('{"step": 3, "lo')
+    more = ["--max_steps", "3", "--allow_changed_config", "true", "--resume_from_checkpoint", "true"]
+    assert run_cli([*own, *more]) == 0
+    entries = [json.loads(line) for line in (place.output / "training_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3]
+
+
+def test_numbers_on_the_command_line_stay_names_where_names_are_meant(place: Place, monkeypatch) -> None:
+    monkeypatch.chdir(place.folder)
+    assert run_cli(place.flags("--output_dir", "007")) == 0
+    assert (place.folder / "007" / "results.json").exists()
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_leaves_the_folder_free(place: Place, capsys) -> None:

@@ -1,6 +1,7 @@
 """The same run through the real command line must not change with how its batches are cut, packed or distributed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,24 @@ def test_two_processes_are_one(world: World, tmp_path: Path, method: str, rows: 
     assert json.loads((tmp_path / "two" / "results.json").read_text())["processes"] == 2
     require_same(log_of(tmp_path / "two"), one)
     require_same_weights(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_processes_resume_in_mid_epoch_as_one_run(world: World, tmp_path: Path) -> None:
+    """The samples that fill up an epoch's end are known after a resume, too."""
+    data = write_rows(tmp_path / "rows.jsonl", [json.loads(line) for line in world.data.read_text().splitlines()][:10])
+
+    def run(output: Path, *more: str) -> list[dict[str, float]]:
+        flags = [f for f in common_flags(world.student, world.teacher, data, output) if f not in ("--save_strategy", "no")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "speckd"]
+        command += ["train", *flags, "--per_device_train_batch_size", "2", "--max_steps", "6", "--save_steps", "2", *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-20_000:]
+        return log_of(output)
+
+    whole = run(tmp_path / "run")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    require_same(run(tmp_path / "run", "--resume_from_checkpoint", "true"), whole, 1e-6)
 
 
 def test_the_plain_loop_gives_the_same_numbers(world: World, tmp_path: Path) -> None:

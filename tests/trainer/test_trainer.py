@@ -253,5 +253,7 @@ def test_a_teacher_without_a_tokenizer_is_refused_and_predict_works(world: World
         SpecKDTrainer(str(world.student), nameless, args, data)
     trainer = SpecKDTrainer(str(world.student), named, args, data, data)
     assert trainer.vocabulary.size == len(build_tokenizer())
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] > 0
+    assert not trainer._step_sums.any()  # nothing that training would count as its own
     trainer.train()
     assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] > 0

@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import shutil
+import signal
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,7 +36,7 @@ from speckd.types import DenseSignal, TeacherRows
 
 LEVEL = 2
 TRAIN_EXAMPLES, TEST_EXAMPLES = 6000, 300
-BATCH_SIZE, START_STEPS, START_LEARNING_RATE, LEARNING_RATE = 32, 1500, 4e-3, 2e-3
+BATCH_SIZE, START_STEPS, START_LEARNING_RATE, LEARNING_RATE = 24, 1500, 4e-3, 2e-3
 STUDENT = {"hidden": 48, "layers": 2, "heads": 4}
 UNRELIABLE = 0.25
 STORED = ("teacher.safetensors", "teacher-texts.json")  # what the teacher said, kept while students are trained
@@ -88,6 +90,8 @@ def run(output_dir: Path, seeds: int = 3, steps: int = 300) -> None:
         raise ConfigError(f"{output_dir} exists and is not an empty folder", "Choose another with --output-dir")
     if seeds < 1 or steps < 1:
         raise ConfigError(f"--seeds {seeds}, --steps {steps}", "Give at least 1 of each")
+    if output_dir.resolve() == Path.cwd():
+        raise ConfigError("--output-dir is the folder that you are in", "Name one that does not exist yet")
     work = output_dir.with_name(output_dir.name + ".unfinished")  # renamed when complete, so a folder is never half a result
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -108,7 +112,7 @@ def _train_all(work: Path, seeds: int, steps: int, console: Console) -> list[dic
     results: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     done_steps = context.Value("q", 0)
-    with Progress(console=console) as progress, ProcessPoolExecutor(2, context, _begin, (done_steps,)) as pool:
+    with Progress(console=console) as progress, _workers(context, done_steps) as pool:
         bar = progress.add_task("training", total=seeds * (START_STEPS + steps * len(methods)))
         waiting: set[Future] = {pool.submit(_work, Job(seed, START_STEPS), work) for seed in range(seeds)}
         while waiting:
@@ -151,6 +155,20 @@ def finish(work: Path, output_dir: Path, results: list[dict[str, Any]], console:
                   "--dataset_name DATA.jsonl --output_dir OUT")  # fmt: skip
 
 
+@contextmanager
+def _workers(context: Any, done_steps: Any) -> Iterator[ProcessPoolExecutor]:
+    """Two worker processes, which end at once where something fails or the user interrupts."""
+    pool = ProcessPoolExecutor(2, context, _begin, (done_steps,))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
 #: In a worker: how many steps all workers have done, for the progress bar.
 _done_steps: Any = None
 
@@ -158,6 +176,7 @@ _done_steps: Any = None
 def _begin(done_steps: Any) -> None:
     global _done_steps  # noqa: PLW0603  (a worker's only state, set once)
     _done_steps = done_steps
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
     torch.set_num_threads(1)  # two workers share two cores
     quiet_loading()
 

@@ -1,6 +1,7 @@
 """Teachers whose answer is at hand: hidden states and a head, logits, or a top-K."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,9 +17,13 @@ class HiddenTeacher:
     hidden: Tensor
     head: LMHead
 
+    @cached_property
+    def _head(self) -> LMHead:
+        return self.head.widened()
+
     @torch.no_grad()
     def signal(self, index: Tensor) -> DenseSignal:
-        return DenseSignal(self.head(self.hidden[index]))
+        return DenseSignal(self._head(self.hidden[index]))
 
 
 @dataclass(frozen=True)
