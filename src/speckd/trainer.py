@@ -283,8 +283,7 @@ class SpecKDTrainer(SFTTrainer):
         self._valid = float(count)
         self._step_sums += torch.stack([output.sum.detach(), output.count]).double().cpu()
         # DDP averages gradients over processes; the count is already everyone's.
-        loss = output.sum / max(self._valid, 1.0) * self.accelerator.num_processes
-        return loss
+        return output.sum / max(self._valid, 1.0) * self.accelerator.num_processes
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """(loss, no logits, no labels): whole logits are never made, so `predict` gives metrics only."""
