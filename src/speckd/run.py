@@ -31,6 +31,7 @@ from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log
+from speckd.trl_internals import finish_from_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,10 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         if config is None or config.resolve() != (output / "config.yaml").resolve():
             (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
     start = _start(trainer, output, resumed=checkpoint is not None)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is None or not finish_from_checkpoint(
+        trainer, checkpoint
+    ):  # killed after its last step: only the rest is left
+        trainer.train(resume_from_checkpoint=checkpoint)
     _warn_of_padding(trainer)
     end = _measured(trainer)
     trainer.save_model(str(output))

@@ -1,12 +1,14 @@
 """The one place that touches what TRL and Transformers do not promise to keep. Pinned: trl>=1.16,<2, transformers 5.17-5.23."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerState
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-__all__ = ["DataCollatorForLanguageModeling", "call_through", "is_sharded_by_deepspeed_or_fsdp"]
+__all__ = ["DataCollatorForLanguageModeling", "call_through", "finish_from_checkpoint", "is_sharded_by_deepspeed_or_fsdp"]
 
 
 def call_through(wrapper: torch.nn.Module, inner: torch.nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
@@ -33,6 +35,16 @@ def call_through(wrapper: torch.nn.Module, inner: torch.nn.Module, function: Cal
         return wrapper(**inputs)
     finally:
         restore()
+
+
+def finish_from_checkpoint(trainer: Any, folder: str) -> bool:
+    """Where a checkpoint is at `max_steps`, loads it and says so; the Trainer's own resume would train one step more."""
+    state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
+    if not 0 < trainer.args.max_steps <= state.global_step:
+        return False
+    trainer._load_from_checkpoint(folder)
+    trainer.state = state
+    return True
 
 
 def is_sharded_by_deepspeed_or_fsdp(trainer: Any) -> bool:

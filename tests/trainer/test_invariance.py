@@ -153,3 +153,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(world: World, tmp_path: Path) ->
     ]
     left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+@pytest.mark.parametrize(
+    "adapter", [[], ["--use_peft", "true", "--lora_target_modules", "q_proj", "v_proj"]], ids=["full", "lora"]
+)
+def test_a_run_killed_after_its_last_step_ends_as_if_it_had_not_been(world: World, tmp_path: Path, adapter: list[str]) -> None:
+    flags = [f for f in common_flags(world.student, world.teacher, world.data, tmp_path) if f not in ("--save_strategy", "no")]
+    flags += ["--max_steps", "2", "--save_steps", "2", "--eval_dataset", str(world.data), *adapter]
+    assert run_cli(flags) == 0
+    weights = next(tmp_path.glob("*model.safetensors"))
+    content, results = weights.read_bytes(), json.loads((tmp_path / "results.json").read_text())
+    weights.unlink()
+    (tmp_path / "results.json").unlink()
+    assert run_cli([*flags, "--resume_from_checkpoint", "true"]) == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert weights.read_bytes() == content and again["steps"] == 2
+    for name, value in results["end"].items():
+        assert again["end"][name] == pytest.approx(value, rel=1e-6), name
