@@ -95,6 +95,7 @@ def test_two_processes_are_one(world: World, tmp_path: Path, method: str, rows: 
     require_same_weights(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="torch 2.11 cannot load a checkpoint onto the device cpu:0")
 def test_two_processes_resume_in_mid_epoch_as_one_run(world: World, tmp_path: Path) -> None:
     """The samples that fill up an epoch's end are known after a resume, too."""
     data = write_rows(tmp_path / "rows.jsonl", [json.loads(line) for line in world.data.read_text().splitlines()][:10])
