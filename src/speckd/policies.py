@@ -81,7 +81,8 @@ class Label:
 class Residual:
     """The lost weight goes to `KL(r ‖ q)`, `r = norm(max(0, p − q))`: what speculative decoding resamples from. Ours.
 
-    r is a constant target; where p = q there is no residual and nothing to learn: the loss is 0.
+    r is a constant target; where p = q there is no residual and nothing to learn: the loss is 0. Where they differ by little
+    more than rounding, so does r from noise: use it with gates that accept such tokens, as all but the controls do.
     """
 
     def weights(self, acceptance: Tensor) -> tuple[Tensor, Tensor]:

@@ -206,6 +206,9 @@ def test_p05_float32_gradients_are_those_of_float64(counted, drawn, gate, policy
     found, slope32 = loss_and_gradient(exact, objective, dtype=torch.float32)
     if not torch.allclose(found.terms.acceptance.double(), wanted.terms.acceptance, atol=1e-4):
         return  # a verdict on the edge: both are right
+    divergence = forward_kl(exact.student.log_softmax(-1), exact.teacher.log_softmax(-1))
+    if policy == "residual" and float(divergence.min()) < 1e-4:
+        return  # norm(max(0, p − q)) of two equal distributions is rounding, whatever the precision
     if float(wanted.sum.detach()) >= 1e-4 * len(drawn.rows):
         assert float((slope32.double() - slope).norm()) <= 1e-4 * float(slope.norm()) + 1e-7
 
