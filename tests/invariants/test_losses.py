@@ -210,7 +210,9 @@ def test_p05_float32_gradients_are_those_of_float64(counted, drawn, gate, policy
     if policy == "residual" and float(divergence.min()) < 1e-4:
         return  # norm(max(0, p − q)) of two equal distributions is rounding, whatever the precision
     if float(wanted.sum.detach()) >= 1e-4 * len(drawn.rows):
-        assert float((slope32.double() - slope).norm()) <= 1e-4 * float(slope.norm()) + 1e-7
+        # A log-ratio of 20 nats is known to 2e-6 in float32, also where all but 1e-4 of it cancels in the gradient.
+        rounding = 1e-7 * (1 + float(wanted.sum.detach()))
+        assert float((slope32.double() - slope).norm()) <= 1e-4 * float(slope.norm()) + rounding
 
 
 @given(drawn=batches(), name=ANY_DIVERGENCE)
