@@ -28,6 +28,8 @@ METHODS = {
 }
 TEACHERS = {"clean": 0.0, "25 % scrambled": 0.25}
 MEASURES = {"nll": "NLL", "kl": "KL", "agreement": "agreement", "alpha": "α", "tar": "TAR"}
+#: 97.5 % quantiles of Student's t for n − 1 degrees of freedom, n = 2, 3, …
+T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)
 PROMPT = "Once upon a time, there was a little dog named Max. One day,"
 
 
@@ -123,6 +125,31 @@ def table(out: Path, seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
+def difference(out: Path, seeds: list[int], run: tuple[str, str], base: tuple[str, str], measure: str) -> str:
+    """Mean over seeds of run − base, paired by seed, with a 95 % t-interval."""
+    gaps = [finals(out, Run(*run, seed))[measure] - finals(out, Run(*base, seed))[measure] for seed in seeds]
+    mean = statistics.mean(gaps)
+    if len(gaps) - 2 not in range(len(T_QUANTILES)):
+        return f"{mean:+.3f}"
+    half = T_QUANTILES[len(gaps) - 2] * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def differences(out: Path, seeds: list[int]) -> str:
+    columns = [
+        (t, base, measure) for t in TEACHERS for base, measure in (("ungated", "nll"), ("SFT", "nll"), ("ungated", "alpha"))
+    ]
+    head = [f"{t}: {MEASURES[measure]} − that of {base}" for t, base, measure in columns]
+    lines = ["| method | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for method in [m for m in METHODS if m not in ("SFT", "ungated")]:
+        cells = []
+        for teacher, base, measure in columns:
+            other = (base, "clean" if base == "SFT" else teacher)
+            cells.append(difference(out, seeds, (method, teacher), other, measure))
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _cells() -> list[tuple[str, str]]:
     return [(m, t) for t, m in product(TEACHERS, METHODS) if not (m == "SFT" and t != "clean")]
 
@@ -168,7 +195,7 @@ def main() -> None:
             scrambled = ["--scrambled_teacher_fraction", str(TEACHERS[teacher])]
             train(args, start, Run(method, teacher, seed).folder(args.out), seed, args.steps, METHODS[method] + scrambled)
     first = args.seeds[0]
-    lines = [table(args.out, args.seeds), ""]
+    lines = [table(args.out, args.seeds), "", differences(args.out, args.seeds), ""]
     lines += [f"n = {len(args.seeds)} seeds (± standard deviation); the teacher's own NLL on the same tokens: "]
     lines[-1] += f"{finals(args.out, Run('ungated', 'clean', first))['teacher_nll']:.3f}."
     lines += ["", "Greedy samples, seed " + str(first), ""]
