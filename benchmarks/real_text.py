@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
+from speckd.quickstart.report import half_interval
+
 METHODS = {
     "SFT": ["--recipe", "sft"],
     "ungated": ["--recipe", "ungated"],
@@ -28,8 +30,6 @@ METHODS = {
 }
 TEACHERS = {"clean": 0.0, "25 % scrambled": 0.25}
 MEASURES = {"nll": "NLL", "kl": "KL", "agreement": "agreement", "alpha": "α", "tar": "TAR"}
-#: 97.5 % quantiles of Student's t for n − 1 degrees of freedom, n = 2, 3, …
-T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)
 PROMPT = "Once upon a time, there was a little dog named Max. One day,"
 
 
@@ -129,10 +129,8 @@ def difference(out: Path, seeds: list[int], run: tuple[str, str], base: tuple[st
     """Mean over seeds of run − base, paired by seed, with a 95 % t-interval."""
     gaps = [finals(out, Run(*run, seed))[measure] - finals(out, Run(*base, seed))[measure] for seed in seeds]
     mean = statistics.mean(gaps)
-    if len(gaps) - 2 not in range(len(T_QUANTILES)):
-        return f"{mean:+.3f}"
-    half = T_QUANTILES[len(gaps) - 2] * statistics.stdev(gaps) / len(gaps) ** 0.5
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    half = half_interval(gaps)
+    return f"{mean:+.3f}" if half is None else f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 def differences(out: Path, seeds: list[int]) -> str:

@@ -64,9 +64,8 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         if config is None or config.resolve() != (output / "config.yaml").resolve():
             (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
     start = _start(trainer, output, resumed=checkpoint is not None)
-    if checkpoint is None or not finish_from_checkpoint(
-        trainer, checkpoint
-    ):  # killed after its last step: only the rest is left
+    # A run killed after its last step has nothing left to train.
+    if checkpoint is None or not finish_from_checkpoint(trainer, checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
     _warn_of_padding(trainer)
     end = _measured(trainer)

@@ -21,7 +21,7 @@ from speckd.errors import ConfigError
 
 DEFAULT_RECIPE = "label-ratio"
 _CHOSEN_BY_RECIPES = {"gate", "gate_options", "rejected", "rejected_options", "label_loss_weight"}
-METHOD_KEYS = {"gate", "rejected", "divergence", "label_loss_weight", "recipe"}
+METHOD_KEYS = {"gate", "rejected", "divergence", "label_loss_weight"}
 _ANY_SEED = (0, 2**32 - 1)
 #: Numbers that Transformers, TRL or PEFT take unseen, and that would train nothing or end in a traceback: lowest, highest.
 _RANGES: Mapping[str, tuple[float, float]] = {

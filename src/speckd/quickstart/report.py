@@ -106,12 +106,16 @@ class Change:
         return f"{self.mean:+.3f}{interval} ({self.verdict})"
 
 
+def half_interval(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % t-interval of their mean; None for a single value."""
+    n = len(values)
+    return _T[min(n - 2, len(_T) - 1)] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+
+
 def change(runs: Results, method: str, teacher: str, measure: str) -> Change:
     pairs = zip(_values(runs, method, teacher, measure), _values(runs, "ungated", teacher, measure), strict=True)
     gaps = [own - other for own, other in pairs]
-    n = len(gaps)
-    half = _T[min(n - 2, len(_T) - 1)] * statistics.stdev(gaps) / math.sqrt(n) if n > 1 else None
-    return Change(statistics.mean(gaps), half, measure != "kl")
+    return Change(statistics.mean(gaps), half_interval(gaps), measure != "kl")
 
 
 def sentence(runs: Results) -> str:
