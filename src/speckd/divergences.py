@@ -1,16 +1,42 @@
 """Diverge: how far the student is from the teacher, one number per token, each formula written once.
 
-Every function takes normalised log-probabilities (student q, teacher p), both [N, S], and returns [N] nats, unweighted and
+Calling a divergence with normalised log-probabilities (student q, teacher p), both [N, S], gives [N] nats, unweighted and
 unreduced. −inf marks a zero probability; an entry that both give zero adds nothing, to the value and to the gradient.
+
+That call is all that a divergence needs to be: autograd differentiates it. Where D is a sum over the entries, its `entrywise`
+may state one entry's summand and slope in closed form, which the engine and its kernels run without autograd, in one pass.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, abs, clamp_min, exp, log, where
 
 from speckd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Entrywise:
+    """D = Σ_v f_v as the summand of one entry and its slope: `entry(log_q, log_p, q, p, a, b) -> (f, ∂f/∂log q)`.
+
+    An entry uses arithmetic and `abs, clamp_min, exp, log, where` alone, so that the same lines run on tensors and in Triton.
+    It need not bear −inf: where a result is not finite, the divergence itself is asked. `a`, `b`: its parameters.
+    """
+
+    entry: Callable[[Any, Any, Any, Any, float, float], tuple[Any, Any]]
+    a: float = 0.0
+    b: float = 0.0
+
+
+@runtime_checkable
+class HasEntries(Protocol):
+    """A divergence with a closed form."""
+
+    @property
+    def entrywise(self) -> Entrywise: ...
 
 
 def _expectation(log_weight: Tensor, value: Tensor) -> Tensor:
@@ -30,19 +56,57 @@ def _log_mixture(share: float, a: Tensor, b: Tensor) -> Tensor:
     return torch.logaddexp(a.masked_fill(absent, 0) + math.log(share), b.masked_fill(absent, 0) + math.log1p(-share))
 
 
-def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class ForwardKL:
     """KL(p ‖ q) = Σ p log(p/q)."""
-    return _expectation(teacher, _log_ratio(teacher, student))
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return _expectation(teacher, _log_ratio(teacher, student))
+
+    @property
+    def entrywise(self) -> Entrywise:
+        return Entrywise(_forward_kl_entry)
 
 
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+def _forward_kl_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: float) -> tuple[Any, Any]:
+    return p * (log_p - log_q), -p
+
+
+@dataclass(frozen=True)
+class ReverseKL:
     """KL(q ‖ p) = Σ q log(q/p)."""
-    return _expectation(student, _log_ratio(student, teacher))
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return _expectation(student, _log_ratio(student, teacher))
+
+    @property
+    def entrywise(self) -> Entrywise:
+        return Entrywise(_reverse_kl_entry)
 
 
-def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+def _reverse_kl_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: float) -> tuple[Any, Any]:
+    value = q * (log_q - log_p)
+    return value, value + q
+
+
+@dataclass(frozen=True)
+class TotalVariation:
     """½ Σ |p − q|, in [0, 1] (not nats)."""
-    return 0.5 * (teacher.exp() - student.exp()).abs().sum(-1)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return 0.5 * (teacher.exp() - student.exp()).abs().sum(-1)
+
+    @property
+    def entrywise(self) -> Entrywise:
+        return Entrywise(_total_variation_entry)
+
+
+def _total_variation_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: float) -> tuple[Any, Any]:
+    gap = q - p
+    return 0.5 * abs(gap), 0.5 * where(gap > 0, q, where(gap < 0, -q, 0 * q))
+
+
+forward_kl, reverse_kl, total_variation = ForwardKL(), ReverseKL(), TotalVariation()
 
 
 def _require_share(name: str, value: float) -> None:
@@ -70,6 +134,18 @@ class GeneralizedJSD:
         mixture = _log_mixture(self.beta, teacher, student)
         return self.beta * _expectation(teacher, teacher - mixture) + (1 - self.beta) * _expectation(student, student - mixture)
 
+    @property
+    def entrywise(self) -> Entrywise:
+        if self.beta in (0, 1):
+            return (forward_kl if self.beta == 0 else reverse_kl).entrywise
+        return Entrywise(_generalized_jsd_entry, self.beta)
+
+
+def _generalized_jsd_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: float) -> tuple[Any, Any]:
+    log_m = log(clamp_min(a * p + (1 - a) * q, 1e-37))
+    own = (1 - a) * q * (log_q - log_m)
+    return a * p * (log_p - log_m) + own, own
+
 
 @dataclass(frozen=True)
 class SkewedForwardKL:
@@ -87,6 +163,15 @@ class SkewedForwardKL:
             return 0 * student.exp().sum(-1)
         return _expectation(teacher, teacher - _log_mixture(self.alpha, teacher, student))
 
+    @property
+    def entrywise(self) -> Entrywise:
+        return Entrywise(_skewed_forward_kl_entry, self.alpha) if self.alpha > 0 else forward_kl.entrywise
+
+
+def _skewed_forward_kl_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: float) -> tuple[Any, Any]:
+    m = clamp_min(a * p + (1 - a) * q, 1e-37)
+    return p * (log_p - log(m)), (a - 1) * p * q / m
+
 
 @dataclass(frozen=True)
 class SkewedReverseKL:
@@ -99,6 +184,16 @@ class SkewedReverseKL:
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         return SkewedForwardKL(self.alpha)(teacher, student)
+
+    @property
+    def entrywise(self) -> Entrywise:
+        return Entrywise(_skewed_reverse_kl_entry, self.alpha) if self.alpha > 0 else reverse_kl.entrywise
+
+
+def _skewed_reverse_kl_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: float) -> tuple[Any, Any]:
+    m = clamp_min((1 - a) * p + a * q, 1e-37)
+    value = q * (log_q - log(m))
+    return value, value + q * (1 - a * q / m)
 
 
 @dataclass(frozen=True)
@@ -120,6 +215,16 @@ class AlphaBeta:
         cross = (a * teacher + b * student).exp()
         own = a / c * (c * teacher).exp() + b / c * (c * student).exp()
         return (own - cross).sum(-1) / (a * b)
+
+    @property
+    def entrywise(self) -> Entrywise:
+        return Entrywise(_alpha_beta_entry, self.alpha, self.beta)
+
+
+def _alpha_beta_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: float) -> tuple[Any, Any]:
+    cross, own = exp(a * log_p + b * log_q), exp((a + b) * log_q)
+    value = (a * exp((a + b) * log_p) + b * own) / (a + b) - cross
+    return value / (a * b), (own - cross) / a
 
 
 @dataclass(frozen=True)
@@ -146,8 +251,24 @@ class AdaptiveKL:
         return share * forward_kl(student, teacher) + (1 - share) * reverse_kl(student, teacher)
 
 
-def todi(student: Tensor, teacher: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class ToDi:
     """ToDi (2505.16297): each vocabulary entry mixes the two KLs by σ(log p/q) and σ(log q/p), both without gradient."""
-    ratio = _log_ratio(teacher, student)
-    share = torch.sigmoid(ratio.detach())
-    return _expectation(teacher, share * ratio) - _expectation(student, (1 - share) * ratio)
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        ratio = _log_ratio(teacher, student)
+        share = torch.sigmoid(ratio.detach())
+        return _expectation(teacher, share * ratio) - _expectation(student, (1 - share) * ratio)
+
+    @property
+    def entrywise(self) -> Entrywise:
+        return Entrywise(_todi_entry)
+
+
+def _todi_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: float) -> tuple[Any, Any]:
+    ratio = log_p - log_q
+    share = p / clamp_min(p + q, 1e-37)
+    return (share * p - (1 - share) * q) * ratio, (1 - share) * q * (1 - ratio) - share * p
+
+
+todi = ToDi()

@@ -1,38 +1,49 @@
 """The objective over a batch, chunk by chunk: hidden states and heads in, never [tokens, vocabulary].
 
-Gradients are computed in the forward pass, so a chunk's logits are gone before the next chunk's are made; the backward pass
-only hands them on. Supervised rows are compacted before any product.
+Only what is needed is computed. Supervised rows are compacted before any product; gradients are made in the forward pass, where
+the logits are, and packed, so that a rejected row costs nothing after its verdict; they wait until a chunk of them is full for
+the products that end in hidden states and weights. Teacher rows whose rejection is certified are not projected.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
+from speckd.divergences import HasEntries
+from speckd.early_rejection import EarlyRejection
 from speckd.errors import NonFiniteError
-from speckd.head import LMHead
+from speckd.head import LMHead, add_product, product
 from speckd.objective import (
     Objective,
     TokenTerms,
-    label_terms,
     require_finite_gradients,
     require_finite_losses,
     require_usable_logits,
-    token_terms,
 )
+from speckd.row_pass import JudgedRows, RowPass, RowResults
 from speckd.tokens import SupervisedRows
-from speckd.types import BatchGate, DenseSignal, Rows, TeacherRows
+from speckd.types import BatchGate, DenseSignal, DenseTeacherRows, MonotoneGate, Rows, TeacherRows, TeacherSignal, TokenKeys
 
-DEFAULT_CHUNK_BYTES = 64 * 2**20
+#: For a chunk's logits of student and teacher together.
+DEFAULT_CHUNK_BYTES = 256 * 2**20
+DEFAULT_EARLY_REJECTION = EarlyRejection()
+#: Rows from which the products are no faster for being larger.
+_ENOUGH_ROWS = {"cpu": 256, "cuda": 4096}
+#: What a few rows' logits may take to stay in a core's cache.
+_TILE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class LossOutput:
     """Sum and count, to be divided once, by the global count; and what happened at each token, [N], for the metrics.
 
-    `sum`: the batch's loss, differentiable; `count`: its denominator by the objective's normaliser, no gradient.
+    `sum`: the batch's loss, differentiable once; `count`: its denominator by the objective's normaliser, no gradient;
+    `teacher_entropy`: nats, at every `DIAGNOSED`-th token, picked by who it is; NaN elsewhere.
     """
 
     sum: Tensor
@@ -42,9 +53,14 @@ class LossOutput:
     teacher_entropy: Tensor
 
 
-def default_chunk_size(vocabulary_size: int) -> int:
-    """Rows whose float32 logits fill 64 MiB: large enough for the products, small enough for the cache of a workstation."""
-    return max(16, DEFAULT_CHUNK_BYTES // (4 * vocabulary_size))
+#: One token in so many has its teacher's entropy measured, whatever the gate says of it.
+DIAGNOSED = 16
+
+
+def default_chunk_size(vocabulary_size: int, device_type: str = "cpu", budget_bytes: int = DEFAULT_CHUNK_BYTES) -> int:
+    """Rows whose logits, of student and teacher in float32, fill the budget; no more than speed needs, and at least 16."""
+    enough = max(_ENOUGH_ROWS.get(device_type, 4096), 8 * 2**20 // (8 * vocabulary_size))
+    return max(16, min(enough, budget_bytes // (8 * vocabulary_size)))
 
 
 def distillation_loss(
@@ -54,6 +70,7 @@ def distillation_loss(
     teacher: TeacherRows | None,
     rows: SupervisedRows,
     chunk_size: int | None = None,
+    early_rejection: EarlyRejection | None = DEFAULT_EARLY_REJECTION,
 ) -> LossOutput:
     """The objective's (sum, count) over the supervised rows of a batch.
 
@@ -63,128 +80,247 @@ def distillation_loss(
         student_head: the student's head on the shared vocabulary; frozen parameters get no gradient and cost none.
         teacher: answers for indices into the flattened batch; None only where the objective needs no teacher.
         rows: which of the B·L positions are supervised, by `tokens.supervised_rows`.
-        chunk_size: rows at once; by default, what fits 64 MiB of logits. The result does not depend on it.
+        chunk_size: rows at once; by default, what fits 256 MiB of logits. The result does not depend on it.
+        early_rejection: how rejections are proved without the teacher's projection; None: not at all. Changes no verdict.
 
     Raises:
         NonFiniteError: NaN or infinite logits or losses; nothing has been accumulated then.
     """
-    chunk_size = chunk_size or default_chunk_size(student_head.weight.shape[0])
-    compact = student_hidden[rows.index]  # only supervised rows go through the head
-    chunks = torch.arange(len(rows), device=compact.device).split(chunk_size) if len(rows) else ()
-    batch = _Batch(objective, student_head, teacher, rows)
-    verdicts = batch.verdicts(compact, chunks)
-    total, parts = _sum_with_gradient(batch, compact, chunks, verdicts)
-    nothing = compact.detach().new_zeros(0)
-    terms, entropies = [terms for terms, _ in parts], [entropy for _, entropy in parts]
-    joined = TokenTerms(**{f.name: torch.cat([getattr(t, f.name) for t in terms] or [nothing]) for f in fields(TokenTerms)})
-    count = joined.weight.sum() if objective.normalizer == "weight" else total.detach().new_tensor(len(rows))
-    return LossOutput(total, count, rows, joined, torch.cat(entropies or [nothing]))
+    chunk_size = chunk_size or default_chunk_size(student_head.weight.shape[0], student_hidden.device.type)
+    gradients = _Gradients.wanted(student_hidden, student_head)
+    with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
+        batch = _Batch(objective, student_hidden, student_head, teacher, rows, chunk_size, early_rejection, gradients)
+        found = batch.run()
+        terms = found.terms(objective)
+        total = terms.loss.double().sum().to(batch.dtype)
+        if not bool(torch.isfinite(total)):
+            raise NonFiniteError("the summed loss exceeds float32", "Lower the learning rate: the logits are out of bounds")
+        count = terms.weight.sum() if objective.normalizer == "weight" else total.new_tensor(len(rows))
+    return LossOutput(gradients.tied_to(total, student_hidden, student_head), count, rows, terms, batch.entropy)
 
 
-@dataclass(frozen=True)
+@dataclass
+class _Gradients:
+    """Those that somebody waits for, of the summed loss; in at least float32, since sums in bfloat16 would be biased."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def wanted(cls, hidden: Tensor, head: LMHead) -> "_Gradients":
+        def room(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or not tensor.requires_grad or not torch.is_grad_enabled():
+                return None
+            return torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
+
+        return cls(room(hidden), room(head.weight), room(head.bias))
+
+    def __bool__(self) -> bool:
+        return any(gradient is not None for gradient in (self.hidden, self.weight, self.bias))
+
+    def tied_to(self, total: Tensor, hidden: Tensor, head: LMHead) -> Tensor:
+        """The sum, with these as its gradients."""
+        pairs = ((self.hidden, hidden), (self.weight, head.weight), (self.bias, head.bias))
+        known = [(gradient, source) for gradient, source in pairs if gradient is not None]
+        return _Precomputed.apply(total, [g for g, _ in known], *[s for _, s in known]) if known else total
+
+
+@dataclass
 class _Batch:
-    """What every chunk of one batch shares."""
+    """One batch on its way through the engine. A chunk's logits become, row by row and in place, packed gradients."""
 
     objective: Objective
+    hidden: Tensor
     head: LMHead
     teacher: TeacherRows | None
     rows: SupervisedRows
+    chunk_size: int
+    early_rejection: EarlyRejection | None
+    gradients: _Gradients
 
-    def chunk(self, logits: Tensor, index: Tensor) -> Rows:
+    def __post_init__(self) -> None:
+        self.dtype = torch.promote_types(torch.promote_types(self.hidden.dtype, self.head.weight.dtype), torch.float32)
+        self.weights = self.head.prepared(self.hidden)
+        self.row_pass = RowPass(self.objective, self.head)
+        self.entropy = torch.full((len(self.rows),), torch.nan, dtype=self.dtype, device=self.hidden.device)
+        shape = (min(self.chunk_size, len(self.rows)), self.head.weight.shape[0])
+        self.student_space = torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
+        self.teacher_space = torch.empty_like(self.student_space) if isinstance(self.teacher, DenseTeacherRows) else None
+        self.waiting: list[Tensor] = []  # which rows the gradients at the head of student_space belong to
+        closed = isinstance(self.objective.divergence, HasEntries) and not self.row_pass.by_definition
+        of_a_chunk = shape[0] // (64 if closed else 256)  # so that what a tile needs is little beside the chunks
+        small, large = (_TILE_BYTES // (share * 4 * shape[1]) for share in (4, 1))
+        self.tile = max(1, small, min(large, of_a_chunk))
+
+    def run(self) -> RowResults:
+        verdicts = self._first_pass()
+        parts, start = [], 0
+        while start < len(self.rows):
+            held = sum(map(len, self.waiting))
+            index = torch.arange(start, min(len(self.rows), start + self.chunk_size - held), device=self.hidden.device)
+            student = self._student(index, held)
+            parts.append(self._judge_and_weigh(student, index, None if verdicts is None else verdicts[index], held))
+            start = int(index[-1]) + 1
+            if start == len(self.rows) or sum(map(len, self.waiting)) > self.chunk_size // 2:
+                self._flush()
+        return RowResults.joined(parts, self.entropy)
+
+    # ---- logits -----------------------------------------------------------------------------------------------------------
+
+    def _student(self, index: Tensor, held: int) -> DenseSignal:
+        """Logits of some rows, behind the gradients that wait."""
+        space = self.student_space[held : held + len(index)]
+        with record_function("speckd: student head"):
+            self.weights.write(self.hidden[self.rows.index[index]], space)
+        student = DenseSignal(space)
+        require_usable_logits(student.maximum, "student", self.rows.keys.rows(index))
+        return student
+
+    def _teacher(self, index: Tensor) -> TeacherSignal:
         assert self.teacher is not None
-        keys = self.rows.keys.rows(index)
-        return Rows(logits, self.teacher.signal(self.rows.index[index]), self.rows.labels[index], keys)
+        with record_function("speckd: teacher head"):
+            if self.teacher_space is None or not isinstance(self.teacher, DenseTeacherRows):
+                return self.teacher.signal(self.rows.index[index])
+            space = self.teacher_space[: len(index)]
+            self.teacher.write_logits(self.rows.index[index], space)
+        signal = DenseSignal(space)
+        require_usable_logits(signal.maximum, "teacher", self.rows.keys.rows(index))
+        return signal
 
-    @torch.no_grad()
-    def verdicts(self, hidden: Tensor, chunks: Sequence[Tensor]) -> Tensor | None:
-        """The first pass of a `BatchGate`: scores of every chunk, then one decision; None where rows are judged one by one."""
+    def _first_pass(self) -> Tensor | None:
+        """A `BatchGate` sees every row before the first is weighed; None where rows are judged one by one."""
         gate = self.objective.gate
-        if self.teacher is None or not self.objective.needs_teacher or not isinstance(gate, BatchGate) or not chunks:
+        if not self.objective.needs_teacher or not isinstance(gate, BatchGate) or not len(self.rows):
             return None
-        head = self.head.widened()
-        scores = [gate.score(self.chunk(head(hidden[index]), index)) for index in chunks]
+        scores = []
+        for index in torch.arange(len(self.rows), device=self.hidden.device).split(self.chunk_size):
+            student, teacher = self._student(index, 0), self._teacher(index)
+            for tile in _slices(len(index), self.tile):
+                scores.append(gate.score(self._rows(student.rows(tile), teacher.rows(tile), index[tile])))
         return gate.select(torch.cat(scores), self.rows.keys)
 
-    def terms(self, logits: Tensor, index: Tensor, verdicts: Tensor | None) -> tuple[TokenTerms, Tensor]:
-        """One chunk's terms, and the teacher's entropy at its rows (NaN without a teacher)."""
-        keys = self.rows.keys.rows(index)
-        require_usable_logits(logits.detach(), "student", keys)
-        if self.teacher is None or not self.objective.needs_teacher:
-            terms = label_terms(logits, self.rows.labels[index])
-            entropy = terms.acceptance
-        else:
-            chunk = self.chunk(logits, index)
-            with torch.no_grad():
-                if isinstance(chunk.teacher, DenseSignal):
-                    require_usable_logits(chunk.teacher.logits, "teacher", keys)
-                acceptance = (
-                    self._judge(replace(chunk, student_logits=logits.detach())) if verdicts is None else verdicts[index]
-                )
-                entropy = chunk.teacher.entropy()
-            terms = token_terms(self.objective, chunk, acceptance)
-        require_finite_losses(terms.loss.detach(), keys)
-        return terms, entropy
+    def _rows(self, student: DenseSignal, teacher: TeacherSignal, index: Tensor) -> Rows:
+        return Rows.of(student, teacher, self.rows.labels[index], self.rows.keys.rows(index))
 
-    def _judge(self, chunk: Rows) -> Tensor:
-        assert not isinstance(self.objective.gate, BatchGate)
-        return self.objective.gate(chunk)
+    # ---- verdicts, weights, gradients of logits ----------------------------------------------------------------------------
+
+    def _judge_and_weigh(self, student: DenseSignal, index: Tensor, verdicts: Tensor | None, held: int) -> RowResults:
+        """A chunk's rows: verdicts, results, and the gradients of those that have one, packed behind the `held` that wait."""
+        known, teacher = None, None
+        if self.objective.needs_teacher:
+            known = self._possible(student, index)  # None: all
+            needed = index if known is None else index[known]
+            teacher = self._teacher(needed)
+            self._diagnose(teacher, needed)
+        parts, taken, packed = [], 0, 0
+        for tile in _slices(len(index), self.tile):
+            own, own_known, own_teacher = index[tile], None if known is None else known[tile], None
+            if teacher is not None:
+                count = len(own) if own_known is None else int(own_known.sum())
+                own_teacher = teacher.rows(slice(taken, taken + count))
+                taken += count
+            part = student.rows(tile)
+            with record_function("speckd: gate"):
+                acceptance = self._judge(part, own_teacher, own, own_known) if verdicts is None else verdicts[tile]
+            with record_function("speckd: divergence"):
+                room = self.student_space[held + packed :] if self.gradients else None
+                rows = JudgedRows(part, own_teacher, own_known, self.rows.labels[own], self.rows.keys.rows(own), acceptance)
+                results, live = self.row_pass(rows, room)
+            parts.append(results)
+            if self.gradients and len(live):
+                packed += len(live)
+                self.waiting.append(own[live])
+        found = RowResults.joined(parts, self.entropy)
+        require_finite_losses(found.terms(self.objective).loss, self.rows.keys.rows(index))
+        return found
+
+    def _judge(self, student: DenseSignal, teacher: TeacherSignal | None, index: Tensor, known: Tensor | None) -> Tensor:
+        """[n]; 0 where rejection is certified, NaN where there is no teacher."""
+        if teacher is None:
+            return torch.full_like(student.logits[:, 0], torch.nan)
+        gate = self.objective.gate
+        assert not isinstance(gate, BatchGate)
+        if known is None:
+            return gate(self._rows(student, teacher, index)).to(self.dtype)
+        acceptance, places = torch.zeros_like(student.logits[:, 0]), known.nonzero()[:, 0]
+        if len(places):
+            acceptance[places] = gate(self._rows(student.rows(places), teacher, index[places])).to(self.dtype)
+        return acceptance
+
+    def _possible(self, student: DenseSignal, index: Tensor) -> Tensor | None:
+        """[n] bool, False where no acceptance is possible; None where nothing is certified."""
+        gate, teacher, certify = self.objective.gate, self.teacher, self.early_rejection
+        if certify is None or not isinstance(gate, MonotoneGate) or not gate.monotone or not self._spares_rejected:
+            return None
+        if not isinstance(teacher, DenseTeacherRows) or certify.worth_it(teacher.vocabulary_size) >= 1:
+            return None
+        labels, keys = self.rows.labels[index], self.rows.keys.rows(index)
+        with record_function("speckd: early rejection"):
+            found = certify.possible(gate, student, teacher, self.rows.index[index], labels, keys, self.tile)
+        found |= _diagnosed(keys)
+        return None if bool(found.all()) else found
+
+    @cached_property
+    def _spares_rejected(self) -> bool:
+        """Has a rejected row no use for the teacher?"""
+        rejected = self.objective.rejected.weights(torch.zeros(1))
+        return float(rejected[0]) == 0 and not (self.row_pass.by_definition and float(rejected[1]) != 0)
+
+    def _diagnose(self, teacher: TeacherSignal, index: Tensor) -> None:
+        for place in _diagnosed(self.rows.keys.rows(index)).nonzero()[:, 0].tolist():  # one by one, for the sake of memory
+            self.entropy[index[place]] = teacher.rows(slice(place, place + 1)).entropy()[0]
+
+    # ---- gradients of hidden states and head ---------------------------------------------------------------------------------
+
+    def _gradients_to_multiply(self, count: int) -> Tensor:
+        """The packed gradients in the precision of the products: 16 bits on a GPU, written over the teacher's spent logits."""
+        gradients, dtype = self.student_space[:count], self.weights.weight.dtype
+        if gradients.dtype == dtype:
+            return gradients
+        if self.teacher_space is None:
+            return gradients.to(dtype)
+        return self.teacher_space.view(-1).view(dtype)[: gradients.numel()].view_as(gradients).copy_(gradients)
+
+    def _flush(self) -> None:
+        """The products of all gradients that wait."""
+        if not self.waiting:
+            return
+        owners, self.waiting = torch.cat(self.waiting), []
+        wanted, where = self.gradients, self.rows.index[owners]
+        with record_function("speckd: head gradients"):
+            gradient, weight = self._gradients_to_multiply(len(owners)), self.weights.weight
+            if wanted.hidden is not None:
+                own = product(gradient, weight, self.dtype).mul_(self.head.scale)
+                require_finite_gradients(own, self.rows.keys.rows(owners))
+                wanted.hidden[where] = own
+            if wanted.weight is not None:
+                add_product(wanted.weight, gradient.T, self.hidden[where].to(gradient.dtype), self.head.scale)
+            if wanted.bias is not None:
+                wanted.bias += self.head.scale * self.student_space[: len(owners)].sum(0)
 
 
-def _sum_with_gradient(
-    batch: _Batch, hidden: Tensor, chunks: Sequence[Tensor], verdicts: Tensor | None
-) -> tuple[Tensor, list[tuple[TokenTerms, Tensor]]]:
-    """The summed loss, tied to hidden states and head by gradients computed here, and each chunk's terms and entropy."""
-    head = replace(
-        batch.head, weight=_leaf(batch.head.weight), bias=None if batch.head.bias is None else _leaf(batch.head.bias)
-    )
-    pieces = [_leaf(hidden, index) for index in chunks]
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    parts = []
-    for index, piece in zip(chunks, pieces, strict=True):
-        terms, entropy = batch.terms(head(piece), index, verdicts)
-        loss = terms.loss.double().sum()
-        if loss.requires_grad:
-            loss.backward()
-            require_finite_gradients(_gradient(piece), batch.rows.keys.rows(index))
-        total += loss.detach()
-        parts.append((replace(terms, loss=terms.loss.detach()), entropy))
-    total = total.to(_at_least_float32(hidden))
-    if not bool(torch.isfinite(total)):
-        raise NonFiniteError("the summed loss exceeds float32", "Lower the learning rate: the logits have grown out of bounds")
-    if not torch.is_grad_enabled():
-        return total, parts
-    gathered: list[tuple[Tensor | None, Tensor]] = [
-        (hidden, torch.cat([_gradient(piece) for piece in pieces] or [torch.zeros_like(hidden)]))
-    ]
-    gathered += [(batch.head.weight, _gradient(head.weight))] if head.weight.requires_grad else []
-    gathered += [(batch.head.bias, _gradient(head.bias))] if head.bias is not None and head.bias.requires_grad else []
-    return _Precomputed.apply(total, [gradient for _, gradient in gathered], *[source for source, _ in gathered]), parts
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(length, start + size)) for start in range(0, length, size))
 
 
-def _leaf(tensor: Tensor, index: Tensor | None = None) -> Tensor:
-    """A detached (part of a) tensor that gathers its own gradient, in at least float32: bfloat16 sums would be biased."""
-    leaf = (tensor if index is None else tensor[index]).detach().to(_at_least_float32(tensor))
-    return leaf.requires_grad_(tensor.requires_grad and torch.is_grad_enabled())
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _diagnosed(keys: TokenKeys) -> Tensor:
+    """[n] bool: every sixteenth token of a sequence, from a start that differs between sequences."""
+    return (7 * keys.sample + keys.position) % DIAGNOSED == 0
 
 
 class _Precomputed(torch.autograd.Function):
-    """A scalar whose gradients are already known: the backward pass scales them, and rounds them once to the inputs' dtypes."""
+    """A scalar whose gradients are known: the backward pass scales them in place and rounds them once to the inputs' dtypes."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [source.dtype for source in inputs]
+        ctx.gradients, ctx.dtypes = gradients, [source.dtype for source in inputs]
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> Any:
-        return None, None, *((g * outer[0].to(g.dtype)).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        if ctx.gradients is None:
+            raise RuntimeError("the loss was differentiated before, which used up its gradients: compute it again")
+        gradients, ctx.gradients = ctx.gradients, None  # the caller's alone now, so that nobody copies them
+        return None, None, *(g.mul_(outer[0].to(g.dtype)).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))

@@ -1,10 +1,14 @@
 """Propose → verify: which tokens the student may learn from the teacher. (Weigh is `policies.py`, diverge `divergences.py`.)
 
-A gate maps `Rows` to an acceptance in [0, 1] per row, without gradient. Notation: p teacher, q student, y the data's token.
+A gate maps `Rows` to an acceptance in [0, 1] per row, without gradient; `monotone` says that a teacher who thinks less of a
+token never makes it accept more, so that its rejections can be proved from a part of the teacher's logits. Notation: p teacher,
+q student, y the data's token.
+
 Greedy Top-k and Spec-k are the paper's (arXiv 2510.24021); what is ours says so. All verdicts are taken at temperature 1.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +22,7 @@ from speckd.types import BatchGate, Gate, Rows, TokenKeys
 
 def propose_greedy(rows: Rows) -> Tensor:
     """The student's own most probable token, [N]."""
-    return rows.student_logits.argmax(-1)
+    return rows.student.argmax()
 
 
 def propose_candidates(rows: Rows, draws: Tensor) -> Tensor:
@@ -61,6 +65,7 @@ def _require_positive(name: str, value: int) -> None:
 class TopK:
     """Greedy Top-k: accepted iff the student's argmax is among the teacher's k most probable tokens."""
 
+    monotone: ClassVar[bool] = True
     verify_top_k: int = 5
 
     def __post_init__(self) -> None:
@@ -75,6 +80,7 @@ class TopK:
 class Spec:
     """Spec-k: the student draws k candidates; accepted iff at least one passes `min(1, p/q)` with its own uniform."""
 
+    monotone: ClassVar[bool] = True
     candidates: int = 5
 
     def __post_init__(self) -> None:
@@ -108,6 +114,7 @@ class ExpectedSpec:
 class TwoSided:
     """Accepted iff the student's proposal *or* the data's token is among the teacher's k most probable."""
 
+    monotone: ClassVar[bool] = True
     verify_top_k: int = 5
 
     def __post_init__(self) -> None:
@@ -123,6 +130,7 @@ class TwoSided:
 class LabelInTopK:
     """Accepted iff the data's token is among the teacher's k most probable."""
 
+    monotone: ClassVar[bool] = True
     verify_top_k: int = 5
 
     def __post_init__(self) -> None:
@@ -137,6 +145,10 @@ class LabelRatio:
     """The data verifies the teacher: weight `min(1, p(y)/q(y))` (soft), or accepted iff `p(y) ≥ q(y)` (hard)."""
 
     hard: bool = False
+
+    @property
+    def monotone(self) -> bool:
+        return self.hard
 
     def __call__(self, rows: Rows) -> Tensor:
         if self.hard:
@@ -161,6 +173,7 @@ class NoGate:
 class Random:
     """Accepts a row with probability `rate`, whatever teacher and student say."""
 
+    monotone: ClassVar[bool] = True
     rate: float = 0.5
 
     def __post_init__(self) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from speckd.errors import CapabilityError, NonFiniteError
 
+_SLAB_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class LMHead:
@@ -23,7 +25,7 @@ class LMHead:
     softcap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[n, H] -> [n, V]."""
+        """[n, H] -> [n, V], differentiable."""
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, self.weight.dtype), torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -32,10 +34,53 @@ class LMHead:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def widened(self) -> "LMHead":
-        """The same with float32 weights (float64 stays), so that several products convert them once. No gradient flows back."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return replace(self, weight=self.weight.detach().to(dtype))
+    @torch.no_grad()
+    def write(self, hidden: Tensor, out: Tensor) -> None:
+        """The same without gradient, into `out`, [n, V] in float32 or float64.
+
+        On a CPU by slabs of the vocabulary whose weights fit the cache: 5 to 20 % faster than one product. On a GPU 16-bit
+        products are accumulated and written in float32.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden, weight = common_precision(hidden, self.weight, out.dtype)
+            if hidden.device.type == "cpu":
+                slab = max(256, _SLAB_BYTES // (weight.shape[1] * weight.element_size()))
+                for start in range(0, weight.shape[0], slab):
+                    torch.mm(hidden, weight[start : start + slab].T, out=out[:, start : start + slab])
+            elif hidden.dtype == out.dtype:
+                torch.mm(hidden, weight.T, out=out)
+            else:
+                torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+            if self.bias is not None:
+                out += self.bias.to(out.dtype)
+        if self.scale != 1.0:
+            out *= self.scale
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    @torch.no_grad()
+    def at(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """[n, H], [n, C] token ids -> [n, C]: the logits of a few tokens of each row, in at least float32."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        rows = max(1, _SLAB_BYTES // max(1, token_ids.shape[-1] * self.weight.shape[1] * self.weight.element_size()))
+        parts = [
+            self.weight[ids].to(dtype).mul_(some.to(dtype)[:, None]).sum(-1)
+            for some, ids in zip(hidden.split(rows), token_ids.split(rows), strict=True)
+        ]
+        logits = torch.cat(parts) if parts else hidden.new_zeros(token_ids.shape, dtype=dtype)
+        if self.bias is not None:
+            logits += self.bias[token_ids].to(dtype)
+        logits *= self.scale
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope_of_cap(self, logits: Tensor) -> Tensor | None:
+        """d logits / d(scaled product), [n, V], from the logits; None where there is no cap and it is 1."""
+        return None if self.softcap is None else 1 - (logits / self.softcap).square_()
+
+    def prepared(self, hidden: Tensor) -> "LMHead":
+        """The same without gradient, its weights in the precision of its products with `hidden`, converted once."""
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, self.weight.dtype), torch.float32)
+        return replace(self, weight=common_precision(hidden, self.weight.detach(), dtype)[1])
 
     def restricted(self, token_ids: Tensor | int) -> "LMHead":
         """Only the first n tokens (a view), or only the given ids (a copy), of the vocabulary."""
@@ -59,6 +104,26 @@ class LMHead:
         scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
         return cls(weight, bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
+
+
+def common_precision(a: Tensor, b: Tensor, wanted: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two factors in one precision: as they are where a GPU multiplies both in 16 bits, else in `wanted`."""
+    if a.device.type == "cuda" and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
+        return a, b
+    return a.to(wanted), b.to(wanted)
+
+
+def product(a: Tensor, b: Tensor, wanted: torch.dtype) -> Tensor:
+    """a b, accumulated and returned in `wanted`."""
+    return torch.mm(a, b) if a.dtype == wanted else torch.mm(a, b, out_dtype=wanted)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """total += factor · a b; 16-bit factors are accumulated in the total's precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, alpha=factor)
+    else:
+        torch.addmm(total, a, b, alpha=factor, out_dtype=total.dtype, out=total)
 
 
 def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:

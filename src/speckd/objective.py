@@ -69,13 +69,6 @@ class TokenTerms:
     label_loss: Tensor
 
 
-def label_terms(rows_logits: Tensor, labels: Tensor) -> TokenTerms:
-    """SFT, the objective without a teacher: plain cross-entropy; the verdict is NaN, since nobody gave one."""
-    loss = torch.nn.functional.cross_entropy(rows_logits, labels, reduction="none")
-    nothing, unknown = torch.zeros_like(loss.detach()), torch.full_like(loss.detach(), torch.nan)
-    return TokenTerms(loss, nothing + 1, unknown, unknown, nothing, nothing, loss.detach())
-
-
 def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTerms:
     """Weigh and diverge. Gradient flows to `rows.student_logits` only.
 
@@ -89,7 +82,7 @@ def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTe
     share, temperature = 1 - objective.label_loss_weight, objective.divergence_temperature
     loss, divergence = torch.zeros_like(on), torch.full_like(on, torch.nan)
     accepted, rejected, labelled = torch.zeros_like(on), torch.zeros_like(on), torch.zeros_like(on)
-    label_log_prob = rows.student_label_log_prob
+    label_log_prob = torch.log_softmax(rows.student_logits, -1).gather(-1, rows.labels[:, None])[:, 0]
 
     # Each loss is computed at the rows that have weight for it, and at no others: a weight of 0 costs nothing, and silences an
     # infinite value together with its gradient, which multiplying by 0 would turn into NaN.

@@ -27,27 +27,31 @@ def shared_support(student_logits: Tensor, teacher: TeacherSignal, temperature: 
     student = torch.log_softmax(student_logits / temperature, dim=-1)
     if isinstance(teacher, DenseSignal):
         return student, torch.log_softmax(teacher.logits / temperature, dim=-1)
-    if teacher.token_ids.shape[-1] == student_logits.shape[-1]:
-        return student.gather(-1, teacher.token_ids), torch.log_softmax(teacher.log_probs / temperature, dim=-1)
+    reference = teacher_support(teacher, student_logits.shape[-1], temperature)
+    if reference.shape == teacher.token_ids.shape:
+        return student.gather(-1, teacher.token_ids), reference
+    return _with_tail(student, teacher), reference
+
+
+def teacher_support(teacher: TopKSignal, vocabulary_size: int, temperature: float = 1.0) -> Tensor:
+    """The truncated teacher's side: [N, K + 1], the tail last; [N, K] where K = V."""
+    if teacher.token_ids.shape[-1] == vocabulary_size:
+        return torch.log_softmax(teacher.log_probs / temperature, dim=-1)
     if temperature != 1:
         raise CapabilityError(
             f"divergence_temperature is {temperature}, but the teacher gives its top {teacher.token_ids.shape[-1]} only: "
             "its tail at that temperature is unknown",
             "Use divergence_temperature 1, or a teacher that gives the whole vocabulary",
         )
-    return _with_tail(student, teacher)
+    return torch.cat([teacher.log_probs, log1mexp(torch.logsumexp(teacher.log_probs, dim=-1, keepdim=True))], -1)
 
 
-def _with_tail(student: Tensor, teacher: TopKSignal) -> tuple[Tensor, Tensor]:
+def _with_tail(student: Tensor, teacher: TopKSignal) -> Tensor:
     outside = student.scatter(-1, teacher.token_ids, -torch.inf)
     # Summing what is outside keeps every digit; 1 − Σ inside would cancel where the top-K holds nearly everything.
     nothing = (outside == -torch.inf).all(-1, keepdim=True)  # logsumexp of such a row has a NaN gradient
-    student_tail = torch.logsumexp(outside.masked_fill(nothing, 0), dim=-1, keepdim=True).masked_fill(nothing, -torch.inf)
-    teacher_tail = log1mexp(torch.logsumexp(teacher.log_probs, dim=-1, keepdim=True))
-    return (
-        torch.cat([student.gather(-1, teacher.token_ids), student_tail], -1),
-        torch.cat([teacher.log_probs, teacher_tail], -1),
-    )
+    tail = torch.logsumexp(outside.masked_fill(nothing, 0), dim=-1, keepdim=True).masked_fill(nothing, -torch.inf)
+    return torch.cat([student.gather(-1, teacher.token_ids), tail], -1)
 
 
 def log1mexp(x: Tensor) -> Tensor:

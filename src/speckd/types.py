@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from speckd import tiles
 from speckd.errors import CapabilityError
 
 IGNORED_LABEL = -100  # the field's convention for "not supervised"
@@ -28,44 +29,68 @@ class TokenKeys:
     seed: int = 0
     epoch: int = 0
 
-    def rows(self, index: Tensor) -> "TokenKeys":
+    def rows(self, index: Tensor | slice) -> "TokenKeys":
         return replace(self, sample=self.sample[index], position=self.position[index])
 
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """The teacher's whole distribution. `logits`: [N, V], float32 or float64, any shift."""
+    """A whole distribution, the teacher's or the student's. `logits`: [N, V], float32 or float64, any shift.
+
+    What several questions need (maxima of tiles, probabilities) is computed once, at the first of them.
+    """
 
     logits: Tensor
 
     @cached_property
+    def tile_maxima(self) -> Tensor:
+        return tiles.tile_maxima(self.logits)
+
+    @cached_property
+    def maximum(self) -> Tensor:
+        """[N, 1]."""
+        return self.tile_maxima.amax(-1, keepdim=True)
+
+    @cached_property
+    def probs(self) -> Tensor:
+        return torch.softmax(self.logits, dim=-1)
+
+    @cached_property
+    def log_mass(self) -> Tensor:
+        """log Σ exp(logits − maximum), [N, 1]; read off the largest probability, which spares a second pass of exp."""
+        return -self.probs.amax(-1, keepdim=True).log()
+
+    @cached_property
     def log_probs(self) -> Tensor:
-        return torch.log_softmax(self.logits, dim=-1)
+        return (self.logits - self.maximum).sub_(self.log_mass)
 
     def log_prob(self, token_ids: Tensor) -> Tensor:
         """[N, C] ids -> [N, C] log-probabilities."""
-        return self.log_probs.gather(-1, token_ids)
+        return self.logits.gather(-1, token_ids) - self.maximum - self.log_mass
 
     def label_log_prob(self, labels: Tensor) -> Tensor:
         return self.log_prob(labels[:, None])[:, 0]
 
     def in_top_k(self, token_ids: Tensor, k: int) -> Tensor:
         """[N] ids -> [N] bool: fewer than k tokens are strictly more probable, so ties are accepted in any order."""
-        own = self.logits.gather(-1, token_ids[:, None])
-        return ((self.logits > own).sum(-1) < k) & (own[:, 0] > -torch.inf)
+        own = self.logits.gather(-1, token_ids[:, None])[:, 0]
+        return tiles.fewer_above_than(self.logits, self.tile_maxima, own, k) & (own > -torch.inf)
 
     def overlap(self, student_log_probs: Tensor) -> Tensor:
         """Σ_v min(p, q) = 1 − TV, [N]: the chance that one candidate drawn from the student is accepted."""
-        return torch.minimum(student_log_probs, self.log_probs).exp().sum(-1).clamp(max=1.0)
+        return torch.minimum(student_log_probs.exp(), self.probs).sum(-1).clamp(max=1.0)
 
     def entropy(self) -> Tensor:
-        return torch.special.entr(self.log_probs.exp()).sum(-1)
+        return -torch.linalg.vecdot(self.probs, self.log_probs.clamp(min=torch.finfo(self.logits.dtype).min))
 
     def argmax(self) -> Tensor:
-        return self.logits.argmax(-1)
+        return tiles.argmax(self.logits, self.tile_maxima)
 
-    def rows(self, index: Tensor) -> "DenseSignal":
-        return DenseSignal(self.logits[index])
+    def rows(self, index: Tensor | slice) -> "DenseSignal":
+        part = DenseSignal(self.logits[index])
+        if "tile_maxima" in self.__dict__:  # computed already
+            part.__dict__["tile_maxima"] = self.tile_maxima[index]
+        return part
 
 
 @dataclass(frozen=True)
@@ -119,9 +144,45 @@ class TopKSignal:
         best = self.log_probs.argmax(-1, keepdim=True)
         return self.token_ids.gather(-1, best)[:, 0]
 
-    def rows(self, index: Tensor) -> "TopKSignal":
+    def rows(self, index: Tensor | slice) -> "TopKSignal":
         labels = None if self.label_log_probs is None else self.label_log_probs[index]
         return TopKSignal(self.token_ids[index], self.log_probs[index], labels)
+
+
+@dataclass(frozen=True)
+class OptimisticSignal:
+    """A few of the teacher's logits, for proofs of rejection: whatever is asked is answered in favour of acceptance.
+
+    `token_ids`, `logits`: [N, C], without repetition of what counts twice (`distinct`, [N, C] bool, is False for repetitions).
+    Ranks are counted among the known tokens only, probabilities divided by their sum only, and an unknown token may be
+    anything; `margin`, [N, 1], covers the rounding between these logits and those of the whole product.
+    """
+
+    token_ids: Tensor
+    logits: Tensor
+    distinct: Tensor
+    margin: Tensor
+
+    def log_prob(self, token_ids: Tensor) -> Tensor:
+        """[N, C'] ids -> [N, C'] upper bounds; 0 where the token is not known."""
+        known = torch.where(self.distinct, self.logits, -torch.inf).logsumexp(-1, keepdim=True)
+        return (self._logit(token_ids) - known + 2 * self.margin).clamp(max=0)
+
+    def label_log_prob(self, labels: Tensor) -> Tensor:
+        return self.log_prob(labels[:, None])[:, 0]
+
+    def in_top_k(self, token_ids: Tensor, k: int) -> Tensor:
+        """[N] ids -> [N] bool: fewer than k known tokens are above."""
+        above = self.distinct & (self.logits > self._logit(token_ids[:, None]) + 2 * self.margin)
+        return above.sum(-1) < k
+
+    def overlap(self, student_log_probs: Tensor) -> Tensor:
+        return torch.ones_like(self.margin[:, 0])
+
+    def _logit(self, token_ids: Tensor) -> Tensor:
+        """[N, C'] logits, +inf where unknown."""
+        found = token_ids[:, :, None] == self.token_ids[:, None, :]
+        return torch.where(found.any(-1), torch.where(found, self.logits[:, None, :], -torch.inf).amax(-1), torch.inf)
 
 
 TeacherSignal: TypeAlias = DenseSignal | TopKSignal
@@ -140,18 +201,37 @@ class Rows:
     keys: TokenKeys
 
     @cached_property
+    def student(self) -> DenseSignal:
+        return DenseSignal(self.student_logits)
+
+    @cached_property
     def student_log_probs(self) -> Tensor:
-        return torch.log_softmax(self.student_logits, dim=-1)
+        return self.student.log_probs
 
     @cached_property
     def student_label_log_prob(self) -> Tensor:
-        return self.student_log_probs.gather(-1, self.labels[:, None])[:, 0]
+        return self.student.label_log_prob(self.labels)
+
+    @classmethod
+    def of(cls, student: DenseSignal, teacher: TeacherSignal, labels: Tensor, keys: TokenKeys) -> "Rows":
+        """With a student's distribution of which something may be known already."""
+        rows = cls(student.logits, teacher, labels, keys)
+        rows.__dict__["student"] = student
+        return rows
 
 
 class Gate(Protocol):
     """Propose and verify: how far each row is accepted, [N] in [0, 1]; 0 or 1 for the hard gates."""
 
     def __call__(self, rows: Rows) -> Tensor: ...
+
+
+@runtime_checkable
+class MonotoneGate(Gate, Protocol):
+    """A gate that never accepts more where the teacher thinks less of a token: its rejections can be certified early."""
+
+    @property
+    def monotone(self) -> bool: ...
 
 
 @runtime_checkable
@@ -176,4 +256,25 @@ class TeacherRows(Protocol):
 
     def signal(self, index: Tensor) -> TeacherSignal:
         """[n] int64 indices of the batch's flattened positions -> the signal of those rows."""
+        ...
+
+
+@runtime_checkable
+class DenseTeacherRows(TeacherRows, Protocol):
+    """A teacher with the whole vocabulary, whose logits can be written where there is room, or made for a few tokens only."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its logits: float32 or float64."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    def write_logits(self, index: Tensor, out: Tensor) -> None:
+        """[n] indices: their logits into `out`, [n, V] of `dtype`."""
+        ...
+
+    def logits_at(self, index: Tensor, token_ids: Tensor) -> Tensor:
+        """[n] indices, [n, C] token ids -> [n, C] logits, without those of the other tokens."""
         ...

@@ -113,7 +113,7 @@ def test_stored_logits_are_the_teachers_at_the_right_token(tmp_path) -> None:
 
     from speckd import LMHead, Objective, distillation_loss, supervised_rows
     from speckd.quickstart.data import collate
-    from speckd.teachers import HiddenTeacher
+    from speckd.teachers import DenseTeacher, HiddenTeacher
 
     compare._store_teacher(tmp_path)
     logits = load_file(tmp_path / "teacher.safetensors")["logits"]
@@ -126,7 +126,7 @@ def test_stored_logits_are_the_teachers_at_the_right_token(tmp_path) -> None:
     hidden = teacher.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state.flatten(0, 1)
     live = HiddenTeacher(hidden, LMHead.from_model(teacher)).signal(rows.index).logits
     stored = (
-        compare.StoredTeacher(logits, compare.places(batch, rows, [encoded[i] for i in chosen], first))
+        DenseTeacher(logits, compare.places(batch, rows, [encoded[i] for i in chosen], first))
         .signal(rows.index)
         .logits
     )
@@ -135,7 +135,7 @@ def test_stored_logits_are_the_teachers_at_the_right_token(tmp_path) -> None:
         Objective(),
         hidden,
         LMHead.from_model(teacher),
-        compare.StoredTeacher(logits, compare.places(batch, rows, [encoded[i] for i in chosen], first)),
+        DenseTeacher(logits, compare.places(batch, rows, [encoded[i] for i in chosen], first)),
         rows,
     )
     assert float(loss.sum / loss.count) < 1e-5  # the teacher as its own student

@@ -30,9 +30,9 @@ from speckd.quickstart.data import Encoded, collate, encode
 from speckd.quickstart.evaluation import accuracy, block_efficiency, generate_greedy
 from speckd.quickstart.models import llama, load_teacher, quiet_loading
 from speckd.tasks import distinct, stream
-from speckd.teachers import ScrambledTeacher
+from speckd.teachers import DenseTeacher, ScrambledTeacher
 from speckd.tokens import SupervisedRows, TokenBatch
-from speckd.types import DenseSignal, TeacherRows
+from speckd.types import TeacherRows
 
 LEVEL = 2
 TRAIN_EXAMPLES, TEST_EXAMPLES = 6000, 300
@@ -64,20 +64,6 @@ class Job:
     def name(self) -> str:
         label = f"{self.method}-{self.teacher}" if self.method else "start"
         return "-".join("".join(c if c.isalnum() else " " for c in label).split()) + f"-seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class StoredTeacher:
-    """The teacher's logits at every supervised token of the training data, computed once for all runs.
-
-    `logits`: [M, V]; `place`: [B·L], the row of each position of one batch (0 where nothing is supervised).
-    """
-
-    logits: Tensor
-    place: Tensor
-
-    def signal(self, index: Tensor) -> DenseSignal:
-        return DenseSignal(self.logits[self.place[index]])
 
 
 def run(output_dir: Path, seeds: int = 3, steps: int = 300) -> None:
@@ -245,7 +231,7 @@ def _train(student: Any, job: Job, encoded: list[Encoded], logits: Tensor, pad: 
     for step, chosen in enumerate(_batches(encoded, job.seed + (1000 if job.method else 0), job.steps), 1):
         batch, mask = collate([encoded[i] for i in chosen], pad)
         rows = supervised_rows(batch, seed=job.seed)
-        teacher: TeacherRows = StoredTeacher(logits, places(batch, rows, [encoded[i] for i in chosen], first))
+        teacher: TeacherRows = DenseTeacher(logits, places(batch, rows, [encoded[i] for i in chosen], first))
         if TEACHERS[job.teacher]:
             teacher = ScrambledTeacher(teacher, UNRELIABLE, batch.sample_ids.flatten(), batch.position_ids.flatten(), job.seed)
         hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state

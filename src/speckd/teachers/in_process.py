@@ -19,22 +19,55 @@ class HiddenTeacher:
 
     @cached_property
     def _head(self) -> LMHead:
-        return self.head.widened()
+        return self.head.prepared(self.hidden)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(self.hidden.dtype, self.head.weight.dtype), torch.float32)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.head.weight.shape[0]
+
+    def write_logits(self, index: Tensor, out: Tensor) -> None:
+        self._head.write(self.hidden[index], out)
+
+    def logits_at(self, index: Tensor, token_ids: Tensor) -> Tensor:
+        return self._head.at(self.hidden[index], token_ids)
 
     @torch.no_grad()
     def signal(self, index: Tensor) -> DenseSignal:
-        return DenseSignal(self._head(self.hidden[index]))
+        logits = torch.empty(len(index), self.vocabulary_size, dtype=self.dtype, device=self.hidden.device)
+        self.write_logits(index, logits)
+        return DenseSignal(logits)
 
 
 @dataclass(frozen=True)
 class DenseTeacher:
-    """Logits held in full, [B·L, V]: for small vocabularies and tests."""
+    """Logits held in full, [M, V]: for small vocabularies and tests. `place`: [B·L], each position's row, if M is not B·L."""
 
     logits: Tensor
+    place: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.logits.dtype, torch.float32)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.logits.shape[-1]
+
+    def write_logits(self, index: Tensor, out: Tensor) -> None:
+        out.copy_(self.logits[self._rows(index)])
+
+    def logits_at(self, index: Tensor, token_ids: Tensor) -> Tensor:
+        return self.logits[self._rows(index)[:, None], token_ids].to(self.dtype)
 
     def signal(self, index: Tensor) -> DenseSignal:
-        logits = self.logits[index]
-        return DenseSignal(logits if logits.dtype == torch.float64 else logits.float())
+        return DenseSignal(self.logits[self._rows(index)].to(self.dtype))
+
+    def _rows(self, index: Tensor) -> Tensor:
+        return index if self.place is None else self.place[index]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from speckd.errors import CapabilityError, ConfigError
 from speckd.randomness import uniforms
-from speckd.types import DenseSignal, TeacherRows
+from speckd.types import DenseSignal, DenseTeacherRows, TeacherRows
 
 _STREAM = 2  # apart from the gates' draws
 
@@ -39,16 +39,38 @@ class ScrambledTeacher:
         """[n] bool: where the teacher is wrong (an oracle gate knows)."""
         return self._draws(index)[:, 0] < self.fraction
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._whole.dtype
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._whole.vocabulary_size
+
+    def write_logits(self, index: Tensor, out: Tensor) -> None:
+        self._whole.write_logits(index, out)
+        shifts = self._shifts(index)
+        for row in shifts.nonzero()[:, 0].tolist():
+            out[row] = out[row].roll(-int(shifts[row]))
+
+    def logits_at(self, index: Tensor, token_ids: Tensor) -> Tensor:
+        return self._whole.logits_at(index, (token_ids + self._shifts(index)[:, None]) % self.vocabulary_size)
+
     def signal(self, index: Tensor) -> DenseSignal:
-        signal = self.teacher.signal(index)
-        if not isinstance(signal, DenseSignal):
+        logits = torch.empty(len(index), self.vocabulary_size, dtype=self.dtype, device=index.device)
+        self.write_logits(index, logits)
+        return DenseSignal(logits)
+
+    @property
+    def _whole(self) -> DenseTeacherRows:
+        if not isinstance(self.teacher, DenseTeacherRows):
             raise CapabilityError("only a teacher with its whole vocabulary can be scrambled", "Scramble before truncating")
-        draws, width = self._draws(index), signal.logits.shape[-1]
-        chosen = (draws[:, 0] < self.fraction).nonzero()[:, 0]
-        shift = 1 + (draws[chosen, 1] * (width - 1)).long()
-        columns = (torch.arange(width, device=index.device)[None] + shift[:, None]) % width
-        rolled = signal.logits[chosen].gather(-1, columns)
-        return DenseSignal(signal.logits.index_copy(0, chosen, rolled))
+        return self.teacher
+
+    def _shifts(self, index: Tensor) -> Tensor:
+        """[n] by how many tokens each row is rolled, 0 where the teacher is left as it is."""
+        draws = self._draws(index)
+        return torch.where(draws[:, 0] < self.fraction, 1 + (draws[:, 1] * (self.vocabulary_size - 1)).long(), 0)
 
     def _draws(self, index: Tensor) -> Tensor:
         return uniforms(self.seed, 0, self.sample[index], self.position[index], draws=1, stream=_STREAM)[:, 0]
