@@ -44,7 +44,6 @@ class EarlyRejection:
         index: Tensor,
         labels: Tensor,
         keys: TokenKeys,
-        rows_at_once: int,
     ) -> Tensor:
         """[n] bool: False where the rejection is certified.
 
@@ -53,17 +52,16 @@ class EarlyRejection:
             student: n rows.
             teacher: answers for `index`, [n].
             labels, keys: of the rows.
-            rows_at_once: how many the gate is asked about together.
         """
         found = torch.ones(len(index), dtype=torch.bool, device=index.device)
-        for start in range(0, len(index), rows_at_once):
-            some = slice(start, min(len(index), start + rows_at_once))
+        for start in range(0, len(index), _TRIAL_ROWS):
+            some = slice(start, min(len(index), start + _TRIAL_ROWS))
             part = student.rows(some)
             bounds = self._bounds(part, teacher, index[some], labels[some])
             seen = Rows.of(part, bounds, labels[some], keys.rows(some))  # type: ignore[arg-type]
             found[some] = gate(seen) != 0
             tried = found[: some.stop]
-            if len(tried) >= _TRIAL_ROWS and float((~tried).double().mean()) < self.worth_it(teacher.vocabulary_size):
+            if float((~tried).double().mean()) < self.worth_it(teacher.vocabulary_size):
                 break
         return found
 

@@ -5,7 +5,6 @@ the logits are, and packed, so that a rejected row costs nothing after its verdi
 the products that end in hidden states and weights. Teacher rows whose rejection is certified are not projected.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,9 +24,19 @@ from speckd.objective import (
     require_finite_losses,
     require_usable_logits,
 )
-from speckd.row_pass import JudgedRows, RowPass, RowResults
+from speckd.row_pass import JudgedRows, RowPass, RowResults, wants_support
 from speckd.tokens import SupervisedRows
-from speckd.types import BatchGate, DenseSignal, DenseTeacherRows, MonotoneGate, Rows, TeacherRows, TeacherSignal, TokenKeys
+from speckd.types import (
+    BatchGate,
+    DenseSignal,
+    DenseTeacherRows,
+    MonotoneGate,
+    Rows,
+    TeacherRows,
+    TeacherSignal,
+    TokenKeys,
+    TopKSignal,
+)
 
 #: For a chunk's logits of student and teacher together.
 DEFAULT_CHUNK_BYTES = 256 * 2**20
@@ -36,6 +45,8 @@ DEFAULT_EARLY_REJECTION = EarlyRejection()
 _ENOUGH_ROWS = {"cpu": 256, "cuda": 4096}
 #: What a few rows' logits may take to stay in a core's cache.
 _TILE_BYTES = 2**20
+#: A tile takes up to nine times its size; this keeps it to a tenth of a chunk.
+_TILES_OF_A_CHUNK = 80
 
 
 @dataclass(frozen=True)
@@ -106,15 +117,20 @@ class _Gradients:
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    weight_is_empty: bool = True  # the first product is written, not added to zeros
 
     @classmethod
     def wanted(cls, hidden: Tensor, head: LMHead) -> "_Gradients":
         def room(tensor: Tensor | None) -> Tensor | None:
             if tensor is None or not tensor.requires_grad or not torch.is_grad_enabled():
                 return None
-            return torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
+            return torch.empty(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
 
-        return cls(room(hidden), room(head.weight), room(head.bias))
+        found = cls(room(hidden), room(head.weight), room(head.bias))
+        for gradient in (found.hidden, found.bias):
+            if gradient is not None:
+                gradient.zero_()
+        return found
 
     def __bool__(self) -> bool:
         return any(gradient is not None for gradient in (self.hidden, self.weight, self.bias))
@@ -122,6 +138,8 @@ class _Gradients:
     def tied_to(self, total: Tensor, hidden: Tensor, head: LMHead) -> Tensor:
         """The sum, with these as its gradients."""
         pairs = ((self.hidden, hidden), (self.weight, head.weight), (self.bias, head.bias))
+        if self.weight is not None and self.weight_is_empty:
+            self.weight.zero_()
         known = [(gradient, source) for gradient, source in pairs if gradient is not None]
         return _Precomputed.apply(total, [g for g, _ in known], *[s for _, s in known]) if known else total
 
@@ -142,29 +160,31 @@ class _Batch:
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(torch.promote_types(self.hidden.dtype, self.head.weight.dtype), torch.float32)
         self.weights = self.head.prepared(self.hidden)
-        self.row_pass = RowPass(self.objective, self.head)
         self.entropy = torch.full((len(self.rows),), torch.nan, dtype=self.dtype, device=self.hidden.device)
         shape = (min(self.chunk_size, len(self.rows)), self.head.weight.shape[0])
         self.student_space = torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
-        self.teacher_space = torch.empty_like(self.student_space) if isinstance(self.teacher, DenseTeacherRows) else None
+        self.teacher_space = torch.empty_like(self.student_space) if self.objective.needs_teacher else None
         self.waiting: list[Tensor] = []  # which rows the gradients at the head of student_space belong to
-        closed = isinstance(self.objective.divergence, HasEntries) and not self.row_pass.by_definition
-        of_a_chunk = shape[0] // (64 if closed else 256)  # so that what a tile needs is little beside the chunks
+        by_definition = wants_support(self.objective.rejected)
+        closed = isinstance(self.objective.divergence, HasEntries) and not by_definition
+        of_a_chunk = shape[0] // (_TILES_OF_A_CHUNK if closed else 3 * _TILES_OF_A_CHUNK)
         small, large = (_TILE_BYTES // (share * 4 * shape[1]) for share in (4, 1))
-        self.tile = max(1, small, min(large, of_a_chunk))
+        tile = max(1, small, min(large, of_a_chunk))
+        self.row_pass = RowPass(self.objective, self.head, tile, by_definition)
 
     def run(self) -> RowResults:
         verdicts = self._first_pass()
-        parts, start = [], 0
+        orders, parts, start = [], [], 0
         while start < len(self.rows):
             held = sum(map(len, self.waiting))
             index = torch.arange(start, min(len(self.rows), start + self.chunk_size - held), device=self.hidden.device)
-            student = self._student(index, held)
-            parts.append(self._judge_and_weigh(student, index, None if verdicts is None else verdicts[index], held))
             start = int(index[-1]) + 1
+            order, found = self._judge_and_weigh(index, verdicts, held)
+            orders.append(order)
+            parts.append(found)
             if start == len(self.rows) or sum(map(len, self.waiting)) > self.chunk_size // 2:
                 self._flush()
-        return RowResults.joined(parts, self.entropy)
+        return RowResults.joined(parts, self.entropy).in_order(torch.cat(orders)) if parts else RowResults.of(self.entropy)
 
     # ---- logits -----------------------------------------------------------------------------------------------------------
 
@@ -178,12 +198,18 @@ class _Batch:
         return student
 
     def _teacher(self, index: Tensor) -> TeacherSignal:
+        """Of some rows; logits in a space of the engine's own, which the row pass may use up."""
         assert self.teacher is not None
+        assert self.teacher_space is not None
         with record_function("speckd: teacher head"):
-            if self.teacher_space is None or not isinstance(self.teacher, DenseTeacherRows):
-                return self.teacher.signal(self.rows.index[index])
             space = self.teacher_space[: len(index)]
-            self.teacher.write_logits(self.rows.index[index], space)
+            if isinstance(self.teacher, DenseTeacherRows):
+                self.teacher.write_logits(self.rows.index[index], space)
+            else:
+                signal = self.teacher.signal(self.rows.index[index])
+                if isinstance(signal, TopKSignal):
+                    return signal
+                space.copy_(signal.logits)
         signal = DenseSignal(space)
         require_usable_logits(signal.maximum, "teacher", self.rows.keys.rows(index))
         return signal
@@ -195,9 +221,7 @@ class _Batch:
             return None
         scores = []
         for index in torch.arange(len(self.rows), device=self.hidden.device).split(self.chunk_size):
-            student, teacher = self._student(index, 0), self._teacher(index)
-            for tile in _slices(len(index), self.tile):
-                scores.append(gate.score(self._rows(student.rows(tile), teacher.rows(tile), index[tile])))
+            scores.append(gate.score(self._rows(self._student(index, 0), self._teacher(index), index)))
         return gate.select(torch.cat(scores), self.rows.keys)
 
     def _rows(self, student: DenseSignal, teacher: TeacherSignal, index: Tensor) -> Rows:
@@ -205,67 +229,62 @@ class _Batch:
 
     # ---- verdicts, weights, gradients of logits ----------------------------------------------------------------------------
 
-    def _judge_and_weigh(self, student: DenseSignal, index: Tensor, verdicts: Tensor | None, held: int) -> RowResults:
-        """A chunk's rows: verdicts, results, and the gradients of those that have one, packed behind the `held` that wait."""
-        known, teacher = None, None
-        if self.objective.needs_teacher:
-            known = self._possible(student, index)  # None: all
-            needed = index if known is None else index[known]
-            teacher = self._teacher(needed)
-            self._diagnose(teacher, needed)
-        parts, taken, packed = [], 0, 0
-        for tile in _slices(len(index), self.tile):
-            own, own_known, own_teacher = index[tile], None if known is None else known[tile], None
-            if teacher is not None:
-                count = len(own) if own_known is None else int(own_known.sum())
-                own_teacher = teacher.rows(slice(taken, taken + count))
-                taken += count
-            part = student.rows(tile)
-            with record_function("speckd: gate"):
-                acceptance = self._judge(part, own_teacher, own, own_known) if verdicts is None else verdicts[tile]
-            with record_function("speckd: divergence"):
-                room = self.student_space[held + packed :] if self.gradients else None
-                rows = JudgedRows(part, own_teacher, own_known, self.rows.labels[own], self.rows.keys.rows(own), acceptance)
-                results, live = self.row_pass(rows, room)
-            parts.append(results)
-            if self.gradients and len(live):
-                packed += len(live)
-                self.waiting.append(own[live])
-        found = RowResults.joined(parts, self.entropy)
-        require_finite_losses(found.terms(self.objective).loss, self.rows.keys.rows(index))
-        return found
+    def _judge_and_weigh(self, index: Tensor, verdicts: Tensor | None, held: int) -> tuple[Tensor, RowResults]:
+        """A chunk's rows in the order in which they were handled, and what was found.
 
-    def _judge(self, student: DenseSignal, teacher: TeacherSignal | None, index: Tensor, known: Tensor | None) -> Tensor:
-        """[n]; 0 where rejection is certified, NaN where there is no teacher."""
-        if teacher is None:
-            return torch.full_like(student.logits[:, 0], torch.nan)
+        The gradients of those that have one are left behind the `held` that wait.
+        """
+        student, teacher = self._student(index, held), None
+        acceptance = torch.full_like(student.logits[:, 0], torch.nan)
+        if self.objective.needs_teacher:
+            order, possible = self._possible_first(student, index)
+            index, student = index[order], DenseSignal(student.logits)
+            teacher = self._teacher(index[:possible])
+            self._diagnose(teacher, index[:possible])
+            acceptance.zero_()
+            acceptance[:possible] = self._judge(student.rows(slice(possible)), teacher, index[:possible], verdicts)
+        with record_function("speckd: divergence"):
+            room = self.student_space[held : held + len(index)] if self.gradients else None
+            keys = self.rows.keys.rows(index)
+            found, live = self.row_pass(JudgedRows(student, teacher, self.rows.labels[index], keys, acceptance), room)
+        require_finite_losses(found.terms(self.objective).loss, keys)
+        if room is not None and len(live):
+            self.waiting.append(index[live])
+        return index, found
+
+    def _judge(self, student: DenseSignal, teacher: TeacherSignal, index: Tensor, verdicts: Tensor | None) -> Tensor:
+        if verdicts is not None:
+            return verdicts[index]
         gate = self.objective.gate
         assert not isinstance(gate, BatchGate)
-        if known is None:
+        with record_function("speckd: gate"):
             return gate(self._rows(student, teacher, index)).to(self.dtype)
-        acceptance, places = torch.zeros_like(student.logits[:, 0]), known.nonzero()[:, 0]
-        if len(places):
-            acceptance[places] = gate(self._rows(student.rows(places), teacher, index[places])).to(self.dtype)
-        return acceptance
 
-    def _possible(self, student: DenseSignal, index: Tensor) -> Tensor | None:
-        """[n] bool, False where no acceptance is possible; None where nothing is certified."""
+    def _possible_first(self, student: DenseSignal, index: Tensor) -> tuple[Tensor, int]:
+        """Certified rejections moved behind the other rows, logits included: the new order, and how many may be accepted."""
+        everything = torch.arange(len(index), device=index.device)
         gate, teacher, certify = self.objective.gate, self.teacher, self.early_rejection
         if certify is None or not isinstance(gate, MonotoneGate) or not gate.monotone or not self._spares_rejected:
-            return None
+            return everything, len(index)
         if not isinstance(teacher, DenseTeacherRows) or certify.worth_it(teacher.vocabulary_size) >= 1:
-            return None
+            return everything, len(index)
         labels, keys = self.rows.labels[index], self.rows.keys.rows(index)
         with record_function("speckd: early rejection"):
-            found = certify.possible(gate, student, teacher, self.rows.index[index], labels, keys, self.tile)
-        found |= _diagnosed(keys)
-        return None if bool(found.all()) else found
+            possible = certify.possible(gate, student, teacher, self.rows.index[index], labels, keys) | _diagnosed(keys)
+            count = int(possible.sum())
+            holes, movers = (~possible[:count]).nonzero()[:, 0], possible[count:].nonzero()[:, 0] + count
+            for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
+                kept = student.logits[hole].clone()
+                student.logits[hole] = student.logits[mover]
+                student.logits[mover] = kept
+            everything[holes], everything[movers] = movers, holes
+        return everything, count
 
     @cached_property
     def _spares_rejected(self) -> bool:
         """Has a rejected row no use for the teacher?"""
-        rejected = self.objective.rejected.weights(torch.zeros(1))
-        return float(rejected[0]) == 0 and not (self.row_pass.by_definition and float(rejected[1]) != 0)
+        on, fallen = self.objective.rejected.weights(torch.zeros(1))
+        return float(on) == 0 and not (self.row_pass.by_definition and float(fallen) != 0)
 
     def _diagnose(self, teacher: TeacherSignal, index: Tensor) -> None:
         for place in _diagnosed(self.rows.keys.rows(index)).nonzero()[:, 0].tolist():  # one by one, for the sake of memory
@@ -295,13 +314,12 @@ class _Batch:
                 require_finite_gradients(own, self.rows.keys.rows(owners))
                 wanted.hidden[where] = own
             if wanted.weight is not None:
-                add_product(wanted.weight, gradient.T, self.hidden[where].to(gradient.dtype), self.head.scale)
+                add_product(
+                    wanted.weight, gradient.T, self.hidden[where].to(gradient.dtype), self.head.scale, wanted.weight_is_empty
+                )
+                wanted.weight_is_empty = False
             if wanted.bias is not None:
                 wanted.bias += self.head.scale * self.student_space[: len(owners)].sum(0)
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(length, start + size)) for start in range(0, length, size))
 
 
 def _diagnosed(keys: TokenKeys) -> Tensor:

@@ -82,7 +82,7 @@ def measure(
         require_usable_logits(reference, "teacher", keys)
         sums.kl += float(forward_kl(log_probs, reference).double().sum())
         sums.agreement += float((logits.argmax(-1) == seen.teacher.argmax()).sum())
-        sums.alpha += float(seen.teacher.overlap(log_probs).double().sum())
+        sums.alpha += float(seen.teacher.overlap(seen.student).double().sum())
         sums.teacher_nll -= float(seen.teacher.label_log_prob(labels).double().sum())
         accepted.append(FIXED_RULE(seen).double())
     sums.tokens += len(rows)

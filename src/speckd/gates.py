@@ -27,9 +27,7 @@ def propose_greedy(rows: Rows) -> Tensor:
 
 def propose_candidates(rows: Rows, draws: Tensor) -> Tensor:
     """Independent samples of the student by inverse CDF, duplicates possible: uniforms [N, C] -> token ids [N, C]."""
-    cumulative = rows.student_log_probs.exp().double().cumsum(-1)
-    target = draws * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)
+    return rows.student.sample(draws)
 
 
 # ---- verify --------------------------------------------------------------------------------------------------------------
@@ -42,7 +40,7 @@ def verify_in_top_k(rows: Rows, token_ids: Tensor, k: int) -> Tensor:
 
 def verify_speculative(rows: Rows, candidates: Tensor, draws: Tensor) -> Tensor:
     """Speculative decoding's test, each candidate by its own uniform: [N, C] ids, [N, C] uniforms -> [N, C] bool."""
-    student = rows.student_log_probs.gather(-1, candidates).double().exp()
+    student = rows.student.log_prob(candidates).double().exp()
     teacher = rows.teacher.log_prob(candidates).double().exp()
     return draws * student < teacher  # u < p/q, without the division
 
@@ -103,7 +101,7 @@ class ExpectedSpec:
         _require_positive("candidates", self.candidates)
 
     def __call__(self, rows: Rows) -> Tensor:
-        total_variation = 1 - rows.teacher.overlap(rows.student_log_probs)
+        total_variation = 1 - rows.teacher.overlap(rows.student)
         return 1 - total_variation**self.candidates
 
 

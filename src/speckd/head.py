@@ -118,12 +118,12 @@ def product(a: Tensor, b: Tensor, wanted: torch.dtype) -> Tensor:
     return torch.mm(a, b) if a.dtype == wanted else torch.mm(a, b, out_dtype=wanted)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """total += factor · a b; 16-bit factors are accumulated in the total's precision."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float, overwrite: bool) -> None:
+    """total += factor · a b, or = where `overwrite`; 16-bit factors are accumulated in the total's precision."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b, alpha=factor)
+        total.addmm_(a, b, beta=0 if overwrite else 1, alpha=factor)
     else:
-        torch.addmm(total, a, b, alpha=factor, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, beta=0 if overwrite else 1, alpha=factor, out_dtype=total.dtype, out=total)
 
 
 def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:

@@ -6,9 +6,9 @@ divergence's slope comes from its closed form, or from autograd over log-probabi
 label. Rows without weight get nothing, and a policy whose fallback wants more than labels is left to `token_terms` itself.
 """
 
-from dataclasses import dataclass, fields
-from functools import cached_property, partial
-from typing import TypeVar
+import math
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,11 +16,9 @@ from torch import Tensor
 from speckd.divergences import HasEntries
 from speckd.head import LMHead
 from speckd.objective import Objective, TokenTerms, token_terms
-from speckd.policies import FallbackRows
+from speckd.policies import FallbackRows, RejectedPolicy
 from speckd.support import shared_support, teacher_support
 from speckd.types import DenseSignal, Divergence, Rows, TeacherSignal, TokenKeys, TopKSignal
-
-Signal = TypeVar("Signal", bound=DenseSignal | TopKSignal)
 
 
 @dataclass
@@ -43,6 +41,12 @@ class RowResults:
     def joined(cls, parts: list["RowResults"], like: Tensor) -> "RowResults":
         nothing = like.new_zeros(0)
         return cls(*(torch.cat([getattr(part, f.name) for part in parts] or [nothing]) for f in fields(cls)))
+
+    def in_order(self, places: Tensor) -> "RowResults":
+        """Each row moved to its place, [n]."""
+        return RowResults(
+            *(torch.empty_like(own).index_copy_(0, places, own) for own in (getattr(self, f.name) for f in fields(self)))
+        )
 
     def terms(self, objective: Objective) -> TokenTerms:
         """The loss taken apart, as `token_terms` does it."""
@@ -67,198 +71,196 @@ def _weights(objective: Objective, acceptance: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class JudgedRows:
-    """n rows and the gate's verdict, [n]. `known`: [n] bool, the rows that the teacher's signal is for; None: all."""
+    """n rows and the gate's verdict, [n]. The teacher's signal is for the first of them; the others are rejected.
+
+    The logits of both sides are used up by the pass.
+    """
 
     student: DenseSignal
     teacher: TeacherSignal | None
-    known: Tensor | None
     labels: Tensor
     keys: TokenKeys
     acceptance: Tensor
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Some rows of a pass, `index` their places in it; the teacher is None where they learn from the label alone."""
-
-    index: Tensor
-    student: DenseSignal
-    teacher: TeacherSignal | None
-    labels: Tensor
-    keys: TokenKeys
-
-
-@dataclass(frozen=True)
 class RowPass:
-    """An objective over rows of one head."""
+    """An objective over a chunk's rows, `tile` at a time. `head`: the student's, for its cap."""
 
     objective: Objective
     head: LMHead
-
-    @cached_property
-    def by_definition(self) -> bool:
-        """Does the policy's fallback learn from more than the label? Asked once, of a row that does not count."""
-        asked = []
-
-        def support() -> tuple[Tensor, Tensor]:
-            asked.append(True)
-            return torch.full((1, 2), 0.5).log(), torch.full((1, 2), 0.5).log()
-
-        self.objective.rejected.fallback(FallbackRows(torch.zeros(1), support, 1.0))
-        return bool(asked)
+    tile: int
+    by_definition: bool
 
     @torch.no_grad()
     def __call__(self, rows: JudgedRows, out: Tensor | None) -> tuple[RowResults, Tensor]:
         """What was found, and which rows have a gradient, [m].
 
         Args:
-            rows: accepted only where the teacher knows them.
-            out: [≥ n, V], room for the gradients of the summed loss for the head's products, scale apart, packed in the order
-                of the second result. It may lie where the logits lie: it is written last. None: no gradient is wanted.
+            rows: n of them.
+            out: [n, V], the very place of the student's logits. Its first m rows become the gradients of the summed loss for
+                the head's products, scale apart, in the order of the second result. None: no gradient is wanted.
         """
         on, fallen = _weights(self.objective, rows.acceptance)
         found = RowResults.of(rows.acceptance)
         taught = (on != 0) | ((fallen != 0) & self.by_definition)
         labelled = ~taught & ((fallen != 0) | (self.objective.label_loss_weight > 0))
+        label = self._label_slopes(rows, fallen, found)
         first, second = taught.nonzero()[:, 0], labelled.nonzero()[:, 0]
-        apart = None
-        if len(second):  # read before the others are written
-            group = self._group(rows, second, with_teacher=False)
-            apart = self._labelled(group, fallen[second], found, wanted=out is not None)
-        if len(first):
-            group, room = self._group(rows, first), None if out is None else out[: len(first)]
+        # Packing rows of one kind never overtakes what is still to be read; of two kinds it would, so each stays in its place.
+        packed = not len(second)
+        values = []
+        for start in range(0, len(first), self.tile):
+            index = first[start : start + self.tile]
+            to = slice(start, start + len(index)) if packed else _span(index)
             if self.by_definition:
-                self._define(group, rows.acceptance[first], found, room)
+                self._define(rows, index, to, found, out)
+            elif isinstance(rows.teacher, TopKSignal) and rows.teacher.token_ids.shape[-1] < rows.student.logits.shape[-1]:
+                values.append(self._learn_top_k(rows, rows.teacher, index, on[index], label, to, out))
             else:
-                self._taught(group, on[first], fallen[first], found, room)
-        if out is not None and apart is not None:
-            out[len(first) : len(first) + len(second)] = apart
-        return found, torch.cat([first, second])
+                values.append(self._learn_dense(rows, index, on[index], label, to, out))
+        if values:
+            found.divergence[first] = torch.cat(values)
+        if out is None or packed:
+            return found, first
+        for start in range(0, len(second), self.tile):
+            self._learn_label(rows, second[start : start + self.tile], label, out)
+        out[: len(on)][~(taught | labelled)] = 0
+        return found, torch.arange(len(on), device=on.device)
 
-    def _group(self, rows: JudgedRows, index: Tensor, with_teacher: bool = True) -> _Group:
-        teacher = None
-        if with_teacher:
-            assert rows.teacher is not None
-            teacher = _some(rows.teacher, index if rows.known is None else (rows.known.cumsum(0) - 1)[index])
-        return _Group(index, _some(rows.student, index), teacher, rows.labels[index], rows.keys.rows(index))
-
-    # ---- rows that learn from the label alone -----------------------------------------------------------------------------
-
-    def _labelled(self, group: _Group, fallen: Tensor, found: RowResults, wanted: bool) -> Tensor | None:
-        slope = self._label_slope(group, fallen, found)
-        if slope is None or not wanted:
-            return None
-        gradient = torch.mul(group.student.probs, -slope[:, None])
-        return self._before_cap(gradient.scatter_add_(1, group.labels[:, None], slope[:, None]), group)
-
-    def _label_slope(self, group: _Group, fallen: Tensor, found: RowResults) -> Tensor | None:
-        """[m] derivative of fallback and label loss for the label's log-probability; None where no row has either."""
+    def _label_slopes(self, rows: JudgedRows, fallen: Tensor, found: RowResults) -> Tensor | None:
+        """[n] derivative of fallback and label loss for the label's log-probability; None where no row has either."""
         weight, falls = self.objective.label_loss_weight, fallen != 0
         if weight == 0 and not bool(falls.any()):
             return None
-        log_prob = group.student.label_log_prob(group.labels)
-        found.label_log_prob[group.index] = log_prob
-        slope = torch.full_like(log_prob, -weight)
-        if bool(falls.any()):
+        found.label_log_prob = rows.student.label_log_prob(rows.labels)
+        slopes = torch.full_like(found.label_log_prob, -weight)
+        if bool(falls.any()) and not self.by_definition:
             with torch.enable_grad():
-                leaf = log_prob[falls].requires_grad_()
+                leaf = found.label_log_prob[falls].requires_grad_()
                 value = self.objective.rejected.fallback(FallbackRows(leaf, _no_support, self.objective.divergence_temperature))
                 (own,) = torch.autograd.grad(value.sum(), leaf)
-            slope[falls] += fallen[falls] * own
-            found.fallback[group.index[falls]] = value.detach()
-        return slope
+            slopes[falls] += fallen[falls] * own
+            found.fallback[falls] = value.detach()
+        return slopes
 
-    # ---- rows that learn from the teacher ---------------------------------------------------------------------------------
-
-    def _taught(self, group: _Group, on: Tensor, fallen: Tensor, found: RowResults, out: Tensor | None) -> None:
-        label = self._label_slope(group, fallen, found)
-        if isinstance(group.teacher, TopKSignal) and group.teacher.token_ids.shape[-1] < group.student.logits.shape[-1]:
-            gradient = self._top_k_gradient(group, group.teacher, on, label, found, out)
-        else:
-            gradient = self._dense_gradient(group, _dense(group.teacher), on, label, found, out)
-        if gradient is not None and out is not None and gradient is not out:
-            out.copy_(self._before_cap(gradient, group))
-
-    def _dense_gradient(
-        self, group: _Group, teacher: DenseSignal, on: Tensor, label: Tensor | None, found: RowResults, out: Tensor | None
-    ) -> Tensor | None:
-        temperature = self.objective.divergence_temperature
-        student, teacher = _at(group.student, temperature), _at(teacher, temperature)
-        value, slope = _slope(self.objective.divergence, student.log_probs, teacher.log_probs, student.probs, teacher.probs)
-        found.divergence[group.index] = value
+    def _learn_dense(
+        self, rows: JudgedRows, index: Tensor, on: Tensor, label: Tensor | None, to: slice | Tensor, out: Tensor | None
+    ) -> Tensor:
+        """The divergence of some rows, [r]; their gradients into `out[to]`."""
+        temperature, where = self.objective.divergence_temperature, _span(index)
+        teacher = _dense(rows.teacher)
+        student_logits, teacher_logits = rows.student.logits[where], teacher.logits[where]
+        cap = self.head.slope_of_cap(student_logits)
+        plain = torch.softmax(student_logits, -1) if label is not None and temperature != 1 else None
+        q, log_q = _normalised(student_logits, rows.student.maximum[where], temperature)
+        p, log_p = _normalised(teacher_logits, teacher.maximum[where], temperature)
+        value, slope = _slope(self.objective.divergence, log_q, log_p, q, p)
         if out is None:
-            return None
-        total = slope.sum(-1, keepdim=True)
-        weight = (temperature * on)[:, None]  # T² of the divergence, 1/T of the logits
+            return value
+        weight, total = (temperature * on)[:, None], slope.sum(-1, keepdim=True)  # T² of the divergence, 1/T of the logits
         if bool((weight != 1).any()):
-            slope, total = slope.mul_(weight), total * weight
-        if label is None and self.head.softcap is None:
-            return torch.addcmul(slope, student.probs, total, value=-1, out=out)
-        if label is None:
-            return slope.addcmul_(student.probs, total, value=-1)
-        if temperature == 1:
-            gradient = slope.addcmul_(student.probs, total + label[:, None], value=-1)
-        else:
-            gradient = slope.addcmul_(student.probs, total, value=-1).addcmul_(group.student.probs, label[:, None], value=-1)
-        return gradient.scatter_add_(1, group.labels[:, None], label[:, None])
+            slope, total = slope * weight, total * weight
+        if label is None and cap is None and isinstance(to, slice):
+            torch.addcmul(slope, q, total, value=-1, out=out[to])
+            return value
+        own = None if label is None else label[index][:, None]
+        if own is not None and plain is None:
+            total = total + own
+        gradient = slope.addcmul_(q, total, value=-1)
+        if own is not None:
+            gradient = gradient if plain is None else gradient.addcmul_(plain, own, value=-1)
+            gradient.scatter_add_(1, rows.labels[index][:, None], own)
+        out[to] = gradient if cap is None else gradient.mul_(cap)
+        return value
 
-    def _top_k_gradient(
-        self, group: _Group, teacher: TopKSignal, on: Tensor, label: Tensor | None, found: RowResults, out: Tensor | None
-    ) -> Tensor | None:
-        """On the teacher's K tokens and a tail: what lies in the tail shares its slope, in proportion to q."""
-        probs, ids = group.student.probs, teacher.token_ids
-        log_p = teacher_support(teacher, probs.shape[-1], self.objective.divergence_temperature)
-        inside, outside = probs.gather(-1, ids), probs.scatter(-1, ids, 0)
+    def _learn_top_k(
+        self,
+        rows: JudgedRows,
+        teacher: TopKSignal,
+        index: Tensor,
+        on: Tensor,
+        label: Tensor | None,
+        to: slice | Tensor,
+        out: Tensor | None,
+    ) -> Tensor:
+        """The same on the teacher's K tokens and a tail: what lies in the tail shares its slope, in proportion to q."""
+        where, teacher = _span(index), teacher.rows(index)
+        logits, ids = rows.student.logits[where], teacher.token_ids
+        cap = self.head.slope_of_cap(logits)
+        log_p = teacher_support(teacher, logits.shape[-1], self.objective.divergence_temperature).to(logits.dtype)
+        outside = torch.softmax(logits, -1)
+        log_mass, inside = -outside.amax(-1, keepdim=True).log(), outside.gather(-1, ids)
+        outside.scatter_(-1, ids, 0)
         tail = outside.sum(-1, keepdim=True)  # with every digit, unlike 1 − Σ inside
-        q, log_q = torch.cat([inside, tail], -1), torch.cat([group.student.log_prob(ids), tail.log()], -1)
+        log_inside = logits.gather(-1, ids) - rows.student.maximum[where] - log_mass
+        q, log_q = torch.cat([inside, tail], -1), torch.cat([log_inside, tail.log()], -1)
         value, slope = _slope(self.objective.divergence, log_q, log_p, q, log_p.exp())
-        found.divergence[group.index] = value
         if out is None:
-            return None
+            return value
         slope = slope * on[:, None]
-        total = slope.sum(-1, keepdim=True) if label is None else slope.sum(-1, keepdim=True) + label[:, None]
+        total = slope.sum(-1, keepdim=True)
+        if label is not None:
+            total += label[index][:, None]
         shared = torch.where(tail > 0, slope[:, -1:] / tail, 0)
         gradient = outside.mul_(shared - total).scatter_(-1, ids, slope[:, :-1] - inside * total)
-        return gradient if label is None else gradient.scatter_add_(1, group.labels[:, None], label[:, None])
+        if label is not None:
+            gradient.scatter_add_(1, rows.labels[index][:, None], label[index][:, None])
+        out[to] = gradient if cap is None else gradient.mul_(cap)
+        return value
 
-    def _define(self, group: _Group, acceptance: Tensor, found: RowResults, out: Tensor | None) -> None:
-        """`token_terms`, by autograd, a row at a time for the sake of memory."""
-        assert group.teacher is not None
-        for place in range(len(acceptance)):
-            one = torch.tensor([place], device=acceptance.device)
-            with torch.set_grad_enabled(out is not None):
-                logits = group.student.logits[one].requires_grad_(out is not None)
-                rows = Rows(logits, group.teacher.rows(one), group.labels[one], group.keys.rows(one))
-                terms = token_terms(self.objective, rows, acceptance[one])
-                loss = terms.loss.sum()
-            where, temperature = group.index[place], self.objective.divergence_temperature
-            seen = Rows(logits.detach(), rows.teacher, rows.labels, rows.keys)
-            found.divergence[where] = terms.divergence[0] / temperature**2
-            found.label_log_prob[where] = seen.student_label_log_prob[0]
-            support = partial(shared_support, seen.student_logits, seen.teacher, temperature)
-            found.fallback[where] = self.objective.rejected.fallback(
-                FallbackRows(seen.student_label_log_prob, support, temperature)
-            )[0]
-            if out is not None:
-                gradient = torch.zeros_like(logits)
-                if loss.requires_grad:
-                    (gradient,) = torch.autograd.grad(loss, logits)
-                out[place] = self._before_cap(gradient, _Group(one, seen.student, None, rows.labels, rows.keys))[0]
+    def _learn_label(self, rows: JudgedRows, index: Tensor, label: Tensor | None, out: Tensor) -> None:
+        """Gradients of rows that learn from the label alone, in their places: −c·(q − δ)."""
+        assert label is not None
+        where, own = _span(index), label[index][:, None]
+        logits = rows.student.logits[where]
+        cap = self.head.slope_of_cap(logits)
+        gradient = torch.softmax(logits, -1).mul_(-own).scatter_add_(1, rows.labels[index][:, None], own)
+        out[where] = gradient if cap is None else gradient.mul_(cap)
 
-    def _before_cap(self, gradient: Tensor, group: _Group) -> Tensor:
-        """The gradient for the head's product, scale apart, from that for the logits."""
-        cap = self.head.slope_of_cap(group.student.logits)
-        return gradient if cap is None else gradient.mul_(cap)
+    def _define(self, rows: JudgedRows, index: Tensor, to: slice | Tensor, found: RowResults, out: Tensor | None) -> None:
+        """`token_terms`, by autograd."""
+        assert rows.teacher is not None
+        temperature, logits = self.objective.divergence_temperature, rows.student.logits[index]
+        cap = self.head.slope_of_cap(logits)
+        seen = Rows(logits, rows.teacher.rows(index), rows.labels[index], rows.keys.rows(index))
+        support = partial(shared_support, logits, seen.teacher, temperature)
+        found.fallback[index] = self.objective.rejected.fallback(
+            FallbackRows(found.label_log_prob[index], support, temperature)
+        ).to(logits.dtype)
+        with torch.set_grad_enabled(out is not None):
+            leaf = logits.requires_grad_(out is not None)
+            terms = token_terms(self.objective, replace(seen, student_logits=leaf), rows.acceptance[index])
+            loss = terms.loss.sum()
+        found.divergence[index] = terms.divergence / temperature**2
+        if out is None:
+            return
+        gradient = torch.zeros_like(logits)
+        if loss.requires_grad:
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        out[to] = gradient if cap is None else gradient * cap
+
+
+def wants_support(policy: RejectedPolicy) -> bool:
+    """Does a policy's fallback learn from more than the label? Asked of a row that does not count."""
+    asked = []
+
+    def support() -> tuple[Tensor, Tensor]:
+        asked.append(True)
+        return torch.full((1, 2), 0.5).log(), torch.full((1, 2), 0.5).log()
+
+    policy.fallback(FallbackRows(torch.zeros(1), support, 1.0))
+    return bool(asked)
 
 
 def _no_support() -> tuple[Tensor, Tensor]:
-    raise AssertionError("asked for once, before: by_definition")
+    raise AssertionError("such a policy goes by definition")
 
 
-def _some(signal: Signal, index: Tensor) -> Signal:
-    """Some rows; the signal itself, with what it has computed, where they are all of them, in order."""
-    held = signal.logits if isinstance(signal, DenseSignal) else signal.token_ids
-    return signal if len(index) == len(held) else signal.rows(index)  # type: ignore[return-value]
+def _span(index: Tensor) -> slice | Tensor:
+    """Row numbers, ascending; as a slice where nothing is left out, which spares a copy."""
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == len(index) else index
 
 
 def _dense(signal: TeacherSignal | None) -> DenseSignal:
@@ -269,8 +271,13 @@ def _dense(signal: TeacherSignal | None) -> DenseSignal:
     return DenseSignal(torch.empty_like(signal.log_probs).scatter_(-1, signal.token_ids, signal.log_probs))
 
 
-def _at(signal: DenseSignal, temperature: float) -> DenseSignal:
-    return signal if temperature == 1 else DenseSignal(signal.logits / temperature)
+def _normalised(logits: Tensor, maximum: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Probabilities and, in place of the logits, their logarithms."""
+    if temperature != 1:
+        maximum = maximum / temperature
+        logits.div_(temperature)
+    probs = torch.softmax(logits, -1)
+    return probs, logits.sub_(maximum).add_(probs.amax(-1, keepdim=True).log())
 
 
 def _slope(divergence: Divergence, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,7 +286,7 @@ def _slope(divergence: Divergence, log_q: Tensor, log_p: Tensor, q: Tensor, p: T
         form = divergence.entrywise
         values, slope = form.entry(log_q, log_p, q, p, form.a, form.b)
         value = values.sum(-1)
-        if bool(torch.isfinite(value).all()):
+        if math.isfinite(value.sum()):
             return value, slope
     with torch.enable_grad():  # bears probabilities of 0
         leaf = log_q.detach().requires_grad_()

@@ -52,16 +52,14 @@ class DenseSignal:
         return self.tile_maxima.amax(-1, keepdim=True)
 
     @cached_property
-    def probs(self) -> Tensor:
-        return torch.softmax(self.logits, dim=-1)
-
-    @cached_property
     def log_mass(self) -> Tensor:
         """log Σ exp(logits − maximum), [N, 1]; read off the largest probability, which spares a second pass of exp."""
-        return -self.probs.amax(-1, keepdim=True).log()
+        best = [torch.softmax(self.logits[some], -1).amax(-1, keepdim=True) for some in tiles.row_slices(self.logits)]
+        return -torch.cat(best or [self.logits[:, :1]]).log()
 
     @cached_property
     def log_probs(self) -> Tensor:
+        """[N, V]: for few rows, since it holds them all."""
         return (self.logits - self.maximum).sub_(self.log_mass)
 
     def log_prob(self, token_ids: Tensor) -> Tensor:
@@ -76,12 +74,26 @@ class DenseSignal:
         own = self.logits.gather(-1, token_ids[:, None])[:, 0]
         return tiles.fewer_above_than(self.logits, self.tile_maxima, own, k) & (own > -torch.inf)
 
-    def overlap(self, student_log_probs: Tensor) -> Tensor:
+    def sample(self, draws: Tensor) -> Tensor:
+        """Inverse CDF: uniforms [N, C] -> [N, C] token ids."""
+        some = [tiles.sample(torch.softmax(self.logits[part], -1), draws[part]) for part in tiles.row_slices(self.logits)]
+        return torch.cat(some) if some else draws.long()
+
+    def overlap(self, student: "DenseSignal") -> Tensor:
         """Σ_v min(p, q) = 1 − TV, [N]: the chance that one candidate drawn from the student is accepted."""
-        return torch.minimum(student_log_probs.exp(), self.probs).sum(-1).clamp(max=1.0)
+        some = [
+            torch.minimum(torch.softmax(self.logits[part], -1), torch.softmax(student.logits[part], -1)).sum(-1)
+            for part in tiles.row_slices(self.logits)
+        ]
+        return torch.cat(some or [self.logits[:, 0]]).clamp(max=1.0)
 
     def entropy(self) -> Tensor:
-        return -torch.linalg.vecdot(self.probs, self.log_probs.clamp(min=torch.finfo(self.logits.dtype).min))
+        """[N] nats."""
+        some = []
+        for part in tiles.row_slices(self.logits):
+            probs = torch.softmax(self.logits[part], -1)
+            some.append(-(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1))
+        return torch.cat(some or [self.logits[:, 0]])
 
     def argmax(self) -> Tensor:
         return tiles.argmax(self.logits, self.tile_maxima)
@@ -129,10 +141,9 @@ class TopKSignal:
         own = self.log_prob(token_ids[:, None])
         return ((self.log_probs > own).sum(-1) < k) & (own[:, 0] > -torch.inf)
 
-    def overlap(self, student_log_probs: Tensor) -> Tensor:
+    def overlap(self, student: DenseSignal) -> Tensor:
         """Σ min(p, q) over the top-K, [N]: a lower bound of the whole overlap, since the tail's share is unknown."""
-        student = student_log_probs.gather(-1, self.token_ids)
-        return torch.minimum(student, self.log_probs).exp().sum(-1).clamp(max=1.0)
+        return torch.minimum(student.log_prob(self.token_ids), self.log_probs).exp().sum(-1).clamp(max=1.0)
 
     def entropy(self) -> Tensor:
         """Entropy of the top-K and one tail bucket: a lower bound of the teacher's entropy."""
@@ -176,7 +187,7 @@ class OptimisticSignal:
         above = self.distinct & (self.logits > self._logit(token_ids[:, None]) + 2 * self.margin)
         return above.sum(-1) < k
 
-    def overlap(self, student_log_probs: Tensor) -> Tensor:
+    def overlap(self, student: DenseSignal) -> Tensor:
         return torch.ones_like(self.margin[:, 0])
 
     def _logit(self, token_ids: Tensor) -> Tensor:
@@ -203,10 +214,6 @@ class Rows:
     @cached_property
     def student(self) -> DenseSignal:
         return DenseSignal(self.student_logits)
-
-    @cached_property
-    def student_log_probs(self) -> Tensor:
-        return self.student.log_probs
 
     @cached_property
     def student_label_log_prob(self) -> Tensor:

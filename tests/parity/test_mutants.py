@@ -82,7 +82,7 @@ def spec_needs_all(self: Any, rows: Any) -> torch.Tensor:
 
 
 def ratio_upside_down(rows: Any, candidates: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    student, teacher = rows.student_log_probs.gather(-1, candidates).exp(), rows.teacher.log_prob(candidates).exp()
+    student, teacher = rows.student.log_probs.gather(-1, candidates).exp(), rows.teacher.log_prob(candidates).exp()
     return draws * teacher < student
 
 
