@@ -51,6 +51,20 @@ def train(
     run(config, recipe, context.args)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def profile(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="A flat YAML file of settings, in TRL's names.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped method: 'speckd recipes' lists them.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps that are measured, after two to warm up.")] = 5,
+) -> None:
+    """Where the time of a training step goes: with all that 'speckd train' takes, and nothing is kept."""
+    _say_to_people()
+    from speckd.profile import profile as run
+
+    run(config, recipe, context.args, steps)
+
+
 @app.command()
 def quickstart(
     output_dir: Annotated[Path, typer.Option("--output-dir", "--output_dir", help="A new folder for the results.")] = Path(

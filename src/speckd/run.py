@@ -47,16 +47,10 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         SpeckdError: for whatever the user can mend; no output folder has been made then, unless training had begun.
     """
     settings = load_settings(config, recipe, flags)
-    _say_things_once(settings)
+    say_things_once(settings)
     output = output_folder(settings)
-    check_models_exist(settings)
-    train_data, held_out = load_data(settings.run, settings.training.dataset_text_field)
-    check_shapes(settings, train_data, held_out)
-    tokenizers = load_tokenizers(settings, is_conversational(train_data))
     checkpoint = checkpoint_to_resume(settings, output)
-    _announce(settings, len(train_data), 0 if held_out is None else len(held_out))
-    trainer = _trainer(settings, output, train_data, held_out, tokenizers)
-    _describe(trainer)
+    trainer = prepared_trainer(settings, output)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
@@ -72,12 +66,33 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         _publish(settings, trainer, output, start, end)
-    trainer.accelerator.wait_for_everyone()  # all leave together: none dies of a connection that another has closed
-    trainer.accelerator.end_training()
+    leave_together(trainer)
     return output
 
 
-def _say_things_once(settings: Settings) -> None:
+def prepared_trainer(settings: Settings, output: Path) -> SpecKDTrainer:
+    """Models and data, checked before anything heavy is loaded, then loaded; ready to train.
+
+    Raises:
+        SpeckdError: for whatever the user can mend; no output folder has been made then.
+    """
+    check_models_exist(settings)
+    train_data, held_out = load_data(settings.run, settings.training.dataset_text_field)
+    check_shapes(settings, train_data, held_out)
+    tokenizers = load_tokenizers(settings, is_conversational(train_data))
+    _announce(settings, len(train_data), 0 if held_out is None else len(held_out))
+    trainer = _trainer(settings, output, train_data, held_out, tokenizers)
+    _describe(trainer)
+    return trainer
+
+
+def leave_together(trainer: SpecKDTrainer) -> None:
+    """No process dies of a connection that another has closed."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def say_things_once(settings: Settings) -> None:
     """Of several processes only the first speaks; `disable_tqdm` also silences the bars of loading and preparing."""
     first = settings.training.local_process_index == 0
     if not first:

@@ -37,6 +37,7 @@ from speckd.evaluate import HeldOutSums, measure
 from speckd.head import LMHead, check_head
 from speckd.metrics import AcceptanceTally, StarvationWatch
 from speckd.objective import Objective
+from speckd.spans import DATA, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, TEACHER_FORWARD, span
 from speckd.teachers import HiddenTeacher, ScrambledTeacher
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
 from speckd.trl_internals import call_through, is_sharded_by_deepspeed_or_fsdp
@@ -254,12 +255,13 @@ class SpecKDTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The step's micro-batches, and how many supervised tokens they hold on all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._mask_repeated_rows(batches)
         if self._logged_step is None or self._logged_step > self.state.global_step:
             self._logged_step = self.state.global_step  # where training starts or resumes
-        count = torch.tensor(sum(len(self._rows(batch)) for batch in batches), device=device)
-        return batches, self.accelerator.reduce(count, "sum")
+        with span(DATA):
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            self._mask_repeated_rows(batches)
+            count = torch.tensor(sum(len(self._rows(batch)) for batch in batches), device=device)
+            return batches, self.accelerator.reduce(count, "sum")
 
     def _mask_repeated_rows(self, batches: list[dict[str, Any]]) -> None:
         """An epoch's last batches are filled up with rows seen before, so that processes have as many: learn none twice."""
@@ -298,11 +300,13 @@ class SpecKDTrainer(SFTTrainer):
         student, seen = self.student, {}
 
         def loss(**own: Any) -> dict[str, Tensor]:
-            hidden = student.get_decoder()(**own, use_cache=False).last_hidden_state
-            head = self._training_vocabulary.restrict(LMHead.from_model(student))
-            seen["output"] = distillation_loss(
-                self.objective, hidden.flatten(0, 1), head, teacher, rows, self.args.loss_chunk_size
-            )
+            with span(STUDENT_FORWARD):
+                hidden = student.get_decoder()(**own, use_cache=False).last_hidden_state
+            with span(HEAD_AND_LOSS):
+                head = self._training_vocabulary.restrict(LMHead.from_model(student))
+                seen["output"] = distillation_loss(
+                    self.objective, hidden.flatten(0, 1), head, teacher, rows, self.args.loss_chunk_size
+                )
             return {"loss": seen["output"].sum}
 
         with self.accelerator.autocast():
@@ -316,7 +320,8 @@ class SpecKDTrainer(SFTTrainer):
             return None
         if self.teacher.training:
             self.teacher.eval()
-        hidden = self.teacher.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state
+        with span(TEACHER_FORWARD):
+            hidden = self.teacher.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state
         head = self.vocabulary.restrict(LMHead.from_model(self.teacher))
         answers = HiddenTeacher(hidden.flatten(0, 1).to(inputs["input_ids"].device), head)
         if reliable or not self.args.scrambled_teacher_fraction:
@@ -345,8 +350,9 @@ class SpecKDTrainer(SFTTrainer):
                     parameter.grad.mul_(self._valid / weight)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        self._finish_step(model)
-        return super()._clip_grad_norm(model)
+        with span(OPTIMIZER):
+            self._finish_step(model)
+            return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None:  # clipping is off
