@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from speckd.divergences import HasEntries
 from speckd.early_rejection import EarlyRejection
@@ -25,6 +24,7 @@ from speckd.objective import (
     require_usable_logits,
 )
 from speckd.row_pass import JudgedRows, RowPass, RowResults, wants_support
+from speckd.spans import DIVERGENCE, EARLY_REJECTION, GATE, HEAD_GRADIENTS, STUDENT_HEAD, TEACHER_HEAD, span
 from speckd.tokens import SupervisedRows
 from speckd.types import (
     BatchGate,
@@ -191,7 +191,7 @@ class _Batch:
     def _student(self, index: Tensor, held: int) -> DenseSignal:
         """Logits of some rows, behind the gradients that wait."""
         space = self.student_space[held : held + len(index)]
-        with record_function("speckd: student head"):
+        with span(STUDENT_HEAD):
             self.weights.write(self.hidden[self.rows.index[index]], space)
         student = DenseSignal(space)
         require_usable_logits(student.maximum, "student", self.rows.keys.rows(index))
@@ -201,7 +201,7 @@ class _Batch:
         """Of some rows; logits in a space of the engine's own, which the row pass may use up."""
         assert self.teacher is not None
         assert self.teacher_space is not None
-        with record_function("speckd: teacher head"):
+        with span(TEACHER_HEAD):
             space = self.teacher_space[: len(index)]
             if isinstance(self.teacher, DenseTeacherRows):
                 self.teacher.write_logits(self.rows.index[index], space)
@@ -243,7 +243,7 @@ class _Batch:
             self._diagnose(teacher, index[:possible])
             acceptance.zero_()
             acceptance[:possible] = self._judge(student.rows(slice(possible)), teacher, index[:possible], verdicts)
-        with record_function("speckd: divergence"):
+        with span(DIVERGENCE):
             room = self.student_space[held : held + len(index)] if self.gradients else None
             keys = self.rows.keys.rows(index)
             found, live = self.row_pass(JudgedRows(student, teacher, self.rows.labels[index], keys, acceptance), room)
@@ -257,7 +257,7 @@ class _Batch:
             return verdicts[index]
         gate = self.objective.gate
         assert not isinstance(gate, BatchGate)
-        with record_function("speckd: gate"):
+        with span(GATE):
             return gate(self._rows(student, teacher, index)).to(self.dtype)
 
     def _possible_first(self, student: DenseSignal, index: Tensor) -> tuple[Tensor, int]:
@@ -269,7 +269,7 @@ class _Batch:
         if not isinstance(teacher, DenseTeacherRows) or certify.worth_it(teacher.vocabulary_size) >= 1:
             return everything, len(index)
         labels, keys = self.rows.labels[index], self.rows.keys.rows(index)
-        with record_function("speckd: early rejection"):
+        with span(EARLY_REJECTION):
             possible = certify.possible(gate, student, teacher, self.rows.index[index], labels, keys) | _diagnosed(keys)
             count = int(possible.sum())
             holes, movers = (~possible[:count]).nonzero()[:, 0], possible[count:].nonzero()[:, 0] + count
@@ -307,7 +307,7 @@ class _Batch:
             return
         owners, self.waiting = torch.cat(self.waiting), []
         wanted, where = self.gradients, self.rows.index[owners]
-        with record_function("speckd: head gradients"):
+        with span(HEAD_GRADIENTS):
             gradient, weight = self._gradients_to_multiply(len(owners)), self.weights.weight
             if wanted.hidden is not None:
                 own = product(gradient, weight, self.dtype).mul_(self.head.scale)

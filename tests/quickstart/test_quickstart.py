@@ -125,11 +125,7 @@ def test_stored_logits_are_the_teachers_at_the_right_token(tmp_path) -> None:
     rows = supervised_rows(batch)
     hidden = teacher.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state.flatten(0, 1)
     live = HiddenTeacher(hidden, LMHead.from_model(teacher)).signal(rows.index).logits
-    stored = (
-        DenseTeacher(logits, compare.places(batch, rows, [encoded[i] for i in chosen], first))
-        .signal(rows.index)
-        .logits
-    )
+    stored = DenseTeacher(logits, compare.places(batch, rows, [encoded[i] for i in chosen], first)).signal(rows.index).logits
     assert torch.allclose(live, stored, atol=1e-4)
     loss = distillation_loss(
         Objective(),
