@@ -11,6 +11,7 @@ from tests.repository.files import PACKAGE, modules
 CORE = (
     "types", "randomness", "errors", "divergences", "gates", "policies", "support", "head", "tokens", "objective", "engine",
     "metrics", "reference", "compatibility", "config", "evaluate", "teachers/in_process", "teachers/unreliable",
+    "teachers/shared_prompt", "teachers/placement",
 )  # fmt: skip
 BANNED_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 BANNED_NAMES = {"eval", "exec", "__import__"}

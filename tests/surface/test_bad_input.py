@@ -309,6 +309,12 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
         lambda p: p.flags("--teacher_model_init_kwargs", '{"foo": 1}'),
         ["teacher_model_name_or_path", "'foo'"],
     ),
+    "no device": (lambda p: p.flags("--teacher_device", "gpu1"), ["teacher_device: 'gpu1' is no device", "Here there is cpu"]),
+    "device that is not here": (lambda p: p.flags("--teacher_device", "cuda:77"), ["teacher_device", "no device 'cuda:77'"]),
+    "teacher placed twice": (
+        lambda p: p.flags("--teacher_device", "cpu", "--teacher_model_init_kwargs", '{"device_map": "cpu"}'),
+        ["teacher_device", "device_map", "Remove one"],
+    ),
     "unknown report": (lambda p: p.flags("--report_to", "nowhere"), ["nowhere is not supported"]),
     "unknown attention": (lambda p: p.flags("--attn_implementation", "magic"), ["magic"]),
     "adapter on nothing": (
