@@ -2,8 +2,8 @@
 
     python benchmarks/shared_prompt.py --rows 8 --prompt 256 --completions 32 64
 
-A random Llama: time does not depend on the weights' values. One line a setting: positions, times (medians of the rounds), ratios
-(paired, median), and the largest relative difference of a token's state. `--prompts 1 8` for chosen settings only.
+A random Llama: time does not depend on the weights' values. One line a setting: positions, times and paired ratios (medians of
+the rounds), and the largest relative difference of a token's state. `--prompts 1 8` for chosen settings only.
 """
 
 import argparse
