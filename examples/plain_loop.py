@@ -54,9 +54,9 @@ def batches(samples: list, size: int, pad: int, device: torch.device) -> Iterato
 
 def loss_of(student, teacher, vocabulary: SharedVocabulary, batch: TokenBatch, mask: torch.Tensor, seed: int, epoch: int):
     """The objective's (sum, count) for one batch."""
-    hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+    hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     with torch.no_grad():
-        seen = teacher.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+        seen = teacher.get_decoder()(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     rows = supervised_rows(
         TokenBatch(batch.input_ids, vocabulary.labels(batch.labels), batch.sample_ids, batch.position_ids), seed, epoch
     )

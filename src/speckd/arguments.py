@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from speckd.config import MethodConfig, Options
 from speckd.errors import ConfigError
+from speckd.teachers.placement import existing_device
 
 #: Held-out measures of which less is better; of the others more is.
 LOWER_IS_BETTER = {"loss", "nll", "kl"}
@@ -38,6 +39,13 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         metadata={
             "help": "for the teacher's from_pretrained, a mapping or JSON; dtype is bfloat16 with bf16, else the student's"
         },
+    )
+    teacher_device: str | None = field(
+        default=None, metadata={"help": "where the teacher computes, such as cuda:1 or cpu; by default, beside the student"}
+    )
+    share_teacher_prompt: bool = field(
+        default=True,
+        metadata={"help": "the teacher computes a start that several rows share once, where that is cheaper and proved equal"},
     )
     scrambled_teacher_fraction: float = field(
         default=0.0, metadata={"help": "stress test: share of positions where the teacher is made wrong on purpose"}
@@ -99,6 +107,12 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             )
         if isinstance(self.teacher_model_init_kwargs, str):
             self.teacher_model_init_kwargs = _json("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
+        if self.teacher_device is not None:
+            existing_device("teacher_device", self.teacher_device)
+            if "device_map" in (self.teacher_model_init_kwargs or {}):
+                raise ConfigError(
+                    "teacher_device and a device_map in teacher_model_init_kwargs both place the teacher", "Remove one of them"
+                )
 
     @property
     def effective_gate_seed(self) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from speckd.divergences import HasEntries
 from speckd.early_rejection import EarlyRejection
 from speckd.errors import NonFiniteError
-from speckd.head import LMHead, add_product, product
+from speckd.head import LMHead, add_product
 from speckd.objective import (
     Objective,
     TokenTerms,
@@ -100,7 +100,9 @@ def distillation_loss(
     chunk_size = chunk_size or default_chunk_size(student_head.weight.shape[0], student_hidden.device.type)
     gradients = _Gradients.wanted(student_hidden, student_head)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        batch = _Batch(objective, student_hidden, student_head, teacher, rows, chunk_size, early_rejection, gradients)
+        batch = _Batch(
+            objective, student_hidden.detach(), student_head.detached(), teacher, rows, chunk_size, early_rejection, gradients
+        )
         found = batch.run()
         terms = found.terms(objective)
         total = terms.loss.double().sum().to(batch.dtype)
@@ -159,7 +161,6 @@ class _Batch:
 
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(torch.promote_types(self.hidden.dtype, self.head.weight.dtype), torch.float32)
-        self.weights = self.head.prepared(self.hidden)
         self.entropy = torch.full((len(self.rows),), torch.nan, dtype=self.dtype, device=self.hidden.device)
         shape = (min(self.chunk_size, len(self.rows)), self.head.weight.shape[0])
         self.student_space = torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
@@ -192,7 +193,7 @@ class _Batch:
         """Logits of some rows, behind the gradients that wait."""
         space = self.student_space[held : held + len(index)]
         with span(STUDENT_HEAD):
-            self.weights.write(self.hidden[self.rows.index[index]], space)
+            self.head.write(self.hidden[self.rows.index[index]], space)
         student = DenseSignal(space)
         require_usable_logits(student.maximum, "student", self.rows.keys.rows(index))
         return student
@@ -293,9 +294,9 @@ class _Batch:
     # ---- gradients of hidden states and head ---------------------------------------------------------------------------------
 
     def _gradients_to_multiply(self, count: int) -> Tensor:
-        """The packed gradients in the precision of the products: 16 bits on a GPU, written over the teacher's spent logits."""
-        gradients, dtype = self.student_space[:count], self.weights.weight.dtype
-        if gradients.dtype == dtype:
+        """The packed gradients; where a GPU multiplies in 16 bits, so rounded, over the teacher's spent logits if there are any."""
+        gradients, dtype = self.student_space[:count], self.head.weight.dtype
+        if gradients.device.type != "cuda" or not self.hidden.dtype == dtype != gradients.dtype:
             return gradients
         if self.teacher_space is None:
             return gradients.to(dtype)
@@ -308,9 +309,9 @@ class _Batch:
         owners, self.waiting = torch.cat(self.waiting), []
         wanted, where = self.gradients, self.rows.index[owners]
         with span(HEAD_GRADIENTS):
-            gradient, weight = self._gradients_to_multiply(len(owners)), self.weights.weight
+            gradient = self._gradients_to_multiply(len(owners))
             if wanted.hidden is not None:
-                own = product(gradient, weight, self.dtype).mul_(self.head.scale)
+                own = self.head.back(gradient, self.dtype)
                 require_finite_gradients(own, self.rows.keys.rows(owners))
                 wanted.hidden[where] = own
             if wanted.weight is not None:

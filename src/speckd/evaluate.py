@@ -65,7 +65,7 @@ def measure(
     sums: HeldOutSums, student_hidden: Tensor, student_head: LMHead, teacher: TeacherRows | None, rows: SupervisedRows
 ) -> None:
     """Adds one batch. Arguments as of `engine.distillation_loss`; chunk by chunk, so no [tokens, vocabulary]."""
-    accepted, student_head = [], student_head.prepared(student_hidden)
+    accepted = []
     for chunk in torch.arange(len(rows), device=student_hidden.device).split(default_chunk_size(student_head.weight.shape[0])):
         if not len(chunk):
             break

@@ -39,6 +39,8 @@ from speckd.metrics import AcceptanceTally, StarvationWatch
 from speckd.objective import Objective
 from speckd.spans import DATA, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, TEACHER_FORWARD, span
 from speckd.teachers import HiddenTeacher, ScrambledTeacher
+from speckd.teachers.placement import LaunchedStates, head_on, moved
+from speckd.teachers.shared_prompt import PromptSharing, may_pay, why_not_shared
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
 from speckd.trl_internals import call_through, is_sharded_by_deepspeed_or_fsdp
 from speckd.types import TeacherRows
@@ -136,6 +138,8 @@ class SpecKDTrainer(SFTTrainer):
         self._set_up_teacher(teacher_model, teacher_processing_class)
         self._check_models()
         self._check_data()
+        self._sharing = self._prompt_sharing()
+        self._teacher_positions = torch.zeros(2, dtype=torch.int64)  # since the last log: computed, in the batches
         self._tally, self._watch = AcceptanceTally(), StarvationWatch(args.starvation_threshold, args.starvation_patience)
         self._logged_step: int | None = None
         self._step_sums = torch.zeros(2, dtype=torch.float64)  # of one optimizer step: loss, weight
@@ -159,7 +163,7 @@ class SpecKDTrainer(SFTTrainer):
             return
         self.teacher = load_teacher(teacher, self.args, self.student.dtype) if isinstance(teacher, str) else teacher
         if not getattr(self.teacher, "hf_device_map", None):  # unless its layers were placed by hand
-            self.teacher.to(self.accelerator.device)
+            self.teacher.to(self.args.teacher_device or self.accelerator.device)
         self.teacher.eval().requires_grad_(False)
         if tokenizer is None:
             name = teacher if isinstance(teacher, str) else teacher.name_or_path
@@ -170,6 +174,30 @@ class SpecKDTrainer(SFTTrainer):
         self.vocabulary = shared_vocabulary(self.processing_class, tokenizer, width, theirs)
         if self.objective.needs_teacher:  # of SFT the teacher is but a measure
             self._training_vocabulary = self.vocabulary
+        self._teacher_head = head_on(self.vocabulary.restrict(LMHead.from_model(self.teacher)), self.accelerator.device)
+
+    @property
+    def _teacher_device(self) -> torch.device:
+        """Where the teacher takes its inputs; of one whose embeddings are offloaded, anywhere."""
+        weight = self.teacher.get_input_embeddings().weight
+        return self.accelerator.device if weight.is_meta else weight.device
+
+    def _prompt_sharing(self) -> PromptSharing | None:
+        """How the teacher computes a start that several rows share once; None where that cannot be, said if it was wanted."""
+        rows = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        longest = max(self.longest_row.values(), default=0)
+        if self.teacher is None or not self.args.share_teacher_prompt or self.padding_free or not may_pay(rows, longest):
+            return None
+        decoder = self.teacher.get_decoder()
+        reason = why_not_shared(decoder, longest, self._teacher_device)
+        if reason is None:
+            return PromptSharing(decoder, longest)
+        logger.warning(
+            "share_teacher_prompt: the teacher (%s) computes every row's prompt anew: %s. Set it to false to skip the test.",
+            type(self.teacher).__name__,
+            reason,
+        )
+        return None
 
     def _check_models(self) -> None:
         for model, name in ((self.student, "student"), (self.teacher, "teacher")):
@@ -215,7 +243,8 @@ class SpecKDTrainer(SFTTrainer):
         inputs = self._prepare_inputs(self.data_collator(chosen))
         training = model.training
         model.eval()
-        hidden = model.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state.flatten(0, 1)
+        device = self._teacher_device if model is self.teacher else self.accelerator.device
+        hidden = model.get_decoder()(**_model_inputs(inputs, device), use_cache=False).last_hidden_state.flatten(0, 1)
         model.train(training)
         some = supervised_rows(as_token_batch(inputs, inputs["labels"])).index[:64]
         probs = LMHead.from_model(model)(hidden[some.to(hidden.device)]).softmax(-1)
@@ -296,7 +325,7 @@ class SpecKDTrainer(SFTTrainer):
 
     def _objective_output(self, model: Any, inputs: dict[str, Any], rows: SupervisedRows) -> LossOutput:
         """The loss of a batch, computed inside the wrapped student's forward."""
-        teacher = self._teacher_rows(inputs) if self.objective.needs_teacher else None
+        launched = self._launch_teacher(inputs, rows) if self.objective.needs_teacher else None
         student, seen = self.student, {}
 
         def loss(**own: Any) -> dict[str, Tensor]:
@@ -304,6 +333,7 @@ class SpecKDTrainer(SFTTrainer):
                 hidden = student.get_decoder()(**own, use_cache=False).last_hidden_state
             with span(HEAD_AND_LOSS):
                 head = self._training_vocabulary.restrict(LMHead.from_model(student))
+                teacher = self._teacher_rows(launched, inputs)  # after the student's forward: two devices work at the same time
                 seen["output"] = distillation_loss(
                     self.objective, hidden.flatten(0, 1), head, teacher, rows, self.args.loss_chunk_size
                 )
@@ -314,16 +344,31 @@ class SpecKDTrainer(SFTTrainer):
         return seen["output"]
 
     @torch.no_grad()
-    def _teacher_rows(self, inputs: dict[str, Any], reliable: bool = False) -> TeacherRows | None:
-        """The teacher's answers for a batch; scrambled in training where the stress test asks for it."""
+    def _launch_teacher(self, inputs: dict[str, Any], rows: SupervisedRows) -> LaunchedStates | None:
+        """Starts the teacher's forward on its device. Not in `inference_mode`: what is made of its states may meet autograd."""
         if self.teacher is None:
             return None
         if self.teacher.training:
             self.teacher.eval()
+        own = _model_inputs(inputs, self._teacher_device)
         with span(TEACHER_FORWARD):
-            hidden = self.teacher.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state
-        head = self.vocabulary.restrict(LMHead.from_model(self.teacher))
-        answers = HiddenTeacher(hidden.flatten(0, 1).to(inputs["input_ids"].device), head)
+            if self._sharing is None or own.keys() != {"input_ids", "attention_mask"}:
+                hidden = self.teacher.get_decoder()(**own, use_cache=False).last_hidden_state
+            else:
+                states = self._sharing.states(**own)
+                hidden = states.hidden
+                if self.model.training:
+                    self._teacher_positions += torch.tensor([states.positions, own["input_ids"].numel()])
+        return LaunchedStates.of(hidden, rows.index)
+
+    @torch.no_grad()
+    def _teacher_rows(
+        self, launched: LaunchedStates | None, inputs: dict[str, Any], reliable: bool = False
+    ) -> TeacherRows | None:
+        """The teacher's answers for a batch; scrambled in training where the stress test asks for it."""
+        if launched is None:
+            return None
+        answers = HiddenTeacher(launched.arrived(), self._teacher_head)
         if reliable or not self.args.scrambled_teacher_fraction:
             return answers
         batch: TokenBatch = as_token_batch(inputs, inputs["labels"])
@@ -384,6 +429,10 @@ class SpecKDTrainer(SFTTrainer):
         found.merge(sums)
         metrics = {"loss": sum(losses) / len(losses)} if losses else {}
         metrics |= found.result()
+        positions, self._teacher_positions = self._teacher_positions, torch.zeros_like(self._teacher_positions)
+        computed, whole = self.accelerator.reduce(positions.to(self.accelerator.device), "sum").tolist()
+        if whole:
+            metrics["teacher_computed"] = computed / whole
         if "tar" in metrics and self.is_world_process_zero():
             warning = self._watch.update(metrics["tar"], self.state.global_step - (self._logged_step or 0))
             if warning:
@@ -440,17 +489,23 @@ class SpecKDTrainer(SFTTrainer):
         return HeldOutSums.of(gathered[:-2]), gathered[-2:]
 
     def _measure_batch(self, sums: HeldOutSums, inputs: dict[str, Any]) -> Tensor:
-        teacher = self._teacher_rows(inputs, reliable=True)
+        held_out = self._rows(inputs, self.vocabulary)
+        launched = self._launch_teacher(inputs, held_out)
         student = self.student
         with self.accelerator.autocast():
             hidden = student.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state.flatten(0, 1)
             head = LMHead.from_model(student)
-            measure(sums, hidden, self.vocabulary.restrict(head), teacher, self._rows(inputs, self.vocabulary))
+            teacher = self._teacher_rows(launched, inputs, reliable=True)
+            measure(sums, hidden, self.vocabulary.restrict(head), teacher, held_out)
             needed, axis = (teacher if self.objective.needs_teacher else None), self._training_vocabulary
             rows = self._rows(inputs, axis)
             output = distillation_loss(self.objective, hidden, axis.restrict(head), needed, rows, self.args.loss_chunk_size)
         return torch.stack([output.sum, output.count]).double().cpu()
 
 
-def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+def _model_inputs(inputs: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """What a model's forward takes; tensors on `device` where one is given."""
+    own = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+    if device is None:
+        return own
+    return {name: moved(value, device) if isinstance(value, Tensor) else value for name, value in own.items()}

@@ -309,6 +309,12 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
         lambda p: p.flags("--teacher_model_init_kwargs", '{"foo": 1}'),
         ["teacher_model_name_or_path", "'foo'"],
     ),
+    "no device": (lambda p: p.flags("--teacher_device", "gpu1"), ["teacher_device: 'gpu1' is no device", "Here there is cpu"]),
+    "device that is not here": (lambda p: p.flags("--teacher_device", "cuda:77"), ["teacher_device", "no device 'cuda:77'"]),
+    "teacher placed twice": (
+        lambda p: p.flags("--teacher_device", "cpu", "--teacher_model_init_kwargs", '{"device_map": "cpu"}'),
+        ["teacher_device", "device_map", "Remove one"],
+    ),
     "unknown report": (lambda p: p.flags("--report_to", "nowhere"), ["nowhere is not supported"]),
     "unknown attention": (lambda p: p.flags("--attn_implementation", "magic"), ["magic"]),
     "adapter on nothing": (
@@ -451,7 +457,7 @@ def test_overwriting_an_adapter_leaves_no_adapter(place: Place) -> None:
 def test_a_recipe_among_the_flags_replaces_the_files_method(place: Place, capsys) -> None:
     flags = place.with_yaml("gate: top_k\ngate_options: {verify_top_k: 3}\nrejected: down_weight\ndivergence: reverse_kl\n")
     assert run_cli([*flags, "--recipe", "ungated"]) == 0
-    assert "gate NoGate() → rejected tokens Mask() → reverse_kl" in capsys.readouterr().err
+    assert "gate NoGate() → rejected tokens Mask() → ReverseKL()" in capsys.readouterr().err
 
 
 def test_a_log_line_that_a_kill_cut_in_two_does_not_stop_a_resume(place: Place) -> None:

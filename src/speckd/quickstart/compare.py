@@ -185,8 +185,8 @@ def _store_teacher(work: Path) -> None:
     for start in range(0, len(encoded), 200):
         batch, mask = collate(encoded[start : start + 200], tokenizer.pad_token_id)
         rows = supervised_rows(batch)
-        hidden = teacher.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state.flatten(0, 1)
-        pieces.append(LMHead.from_model(teacher)(hidden[rows.index]))
+        hidden = teacher.get_decoder()(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        pieces.append(LMHead.from_model(teacher)(hidden.flatten(0, 1)[rows.index]))
     save_file({"logits": torch.cat(pieces)}, work / STORED[0])
     asked = encode(distinct("test", TEST_EXAMPLES, LEVEL), tokenizer)
     texts = generate_greedy(teacher, asked, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -234,7 +234,7 @@ def _train(student: Any, job: Job, encoded: list[Encoded], logits: Tensor, pad: 
         teacher: TeacherRows = DenseTeacher(logits, places(batch, rows, [encoded[i] for i in chosen], first))
         if TEACHERS[job.teacher]:
             teacher = ScrambledTeacher(teacher, UNRELIABLE, batch.sample_ids.flatten(), batch.position_ids.flatten(), job.seed)
-        hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+        hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
         output = distillation_loss(objective, hidden.flatten(0, 1), LMHead.from_model(student), teacher, rows)
         (output.sum / output.count).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -283,6 +283,6 @@ def _matches(student: Any, encoded: list[Encoded], texts: list[list[int]], token
     ]
     batch, mask = collate(written, pad)
     rows = supervised_rows(batch)
-    hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state.flatten(0, 1)
-    equal = LMHead.from_model(student)(hidden[rows.index]).argmax(-1) == rows.labels
+    hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    equal = LMHead.from_model(student)(hidden.flatten(0, 1)[rows.index]).argmax(-1) == rows.labels
     return list(equal.split([len(e.ids) - e.prompt_length for e in written]))

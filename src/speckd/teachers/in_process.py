@@ -1,7 +1,6 @@
 """Teachers whose answer is at hand: hidden states and a head, logits, or a top-K."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,10 +16,6 @@ class HiddenTeacher:
     hidden: Tensor
     head: LMHead
 
-    @cached_property
-    def _head(self) -> LMHead:
-        return self.head.prepared(self.hidden)
-
     @property
     def dtype(self) -> torch.dtype:
         return torch.promote_types(torch.promote_types(self.hidden.dtype, self.head.weight.dtype), torch.float32)
@@ -30,10 +25,10 @@ class HiddenTeacher:
         return self.head.weight.shape[0]
 
     def write_logits(self, index: Tensor, out: Tensor) -> None:
-        self._head.write(self.hidden[index], out)
+        self.head.write(self.hidden[index], out)
 
     def logits_at(self, index: Tensor, token_ids: Tensor) -> Tensor:
-        return self._head.at(self.hidden[index], token_ids)
+        return self.head.at(self.hidden[index], token_ids)
 
     @torch.no_grad()
     def signal(self, index: Tensor) -> DenseSignal:
