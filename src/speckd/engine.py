@@ -16,6 +16,7 @@ from speckd.divergences import HasEntries
 from speckd.early_rejection import EarlyRejection
 from speckd.errors import NonFiniteError
 from speckd.head import LMHead, add_product
+from speckd.large import room
 from speckd.objective import (
     Objective,
     TokenTerms,
@@ -42,9 +43,9 @@ from speckd.types import (
 DEFAULT_CHUNK_BYTES = 256 * 2**20
 DEFAULT_EARLY_REJECTION = EarlyRejection()
 #: Rows from which the products are no faster for being larger.
-_ENOUGH_ROWS = {"cpu": 256, "cuda": 4096}
+_ENOUGH_ROWS = {"cpu": 320, "cuda": 4096}
 #: What a few rows' logits may take to stay in a core's cache.
-_TILE_BYTES = 2**20
+_TILE_BYTES = 3 * 2**19
 #: A tile takes up to nine times its size; this keeps it to a tenth of a chunk.
 _TILES_OF_A_CHUNK = 80
 
@@ -123,12 +124,12 @@ class _Gradients:
 
     @classmethod
     def wanted(cls, hidden: Tensor, head: LMHead) -> "_Gradients":
-        def room(tensor: Tensor | None) -> Tensor | None:
+        def space(tensor: Tensor | None) -> Tensor | None:
             if tensor is None or not tensor.requires_grad or not torch.is_grad_enabled():
                 return None
-            return torch.empty(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
+            return room(tuple(tensor.shape), torch.promote_types(tensor.dtype, torch.float32), tensor.device)
 
-        found = cls(room(hidden), room(head.weight), room(head.bias))
+        found = cls(space(hidden), space(head.weight), space(head.bias))
         for gradient in (found.hidden, found.bias):
             if gradient is not None:
                 gradient.zero_()
@@ -163,8 +164,8 @@ class _Batch:
         self.dtype = torch.promote_types(torch.promote_types(self.hidden.dtype, self.head.weight.dtype), torch.float32)
         self.entropy = torch.full((len(self.rows),), torch.nan, dtype=self.dtype, device=self.hidden.device)
         shape = (min(self.chunk_size, len(self.rows)), self.head.weight.shape[0])
-        self.student_space = torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
-        self.teacher_space = torch.empty_like(self.student_space) if self.objective.needs_teacher else None
+        self.student_space = room(shape, self.dtype, self.hidden.device)
+        self.teacher_space = room(shape, self.dtype, self.hidden.device) if self.objective.needs_teacher else None
         self.waiting: list[Tensor] = []  # which rows the gradients at the head of student_space belong to
         by_definition = wants_support(self.objective.rejected)
         closed = isinstance(self.objective.divergence, HasEntries) and not by_definition
@@ -178,7 +179,9 @@ class _Batch:
         orders, parts, start = [], [], 0
         while start < len(self.rows):
             held = sum(map(len, self.waiting))
-            index = torch.arange(start, min(len(self.rows), start + self.chunk_size - held), device=self.hidden.device)
+            left, free = len(self.rows) - start, self.chunk_size - held
+            count = -(-left // -(-left // free))  # as few chunks as there is room for, of equal size: small products are slow
+            index = torch.arange(start, start + count, device=self.hidden.device)
             start = int(index[-1]) + 1
             order, found = self._judge_and_weigh(index, verdicts, held)
             orders.append(order)
@@ -245,11 +248,11 @@ class _Batch:
             acceptance.zero_()
             acceptance[:possible] = self._judge(student.rows(slice(possible)), teacher, index[:possible], verdicts)
         with span(DIVERGENCE):
-            room = self.student_space[held : held + len(index)] if self.gradients else None
+            out = self.student_space[held : held + len(index)] if self.gradients else None
             keys = self.rows.keys.rows(index)
-            found, live = self.row_pass(JudgedRows(student, teacher, self.rows.labels[index], keys, acceptance), room)
+            found, live = self.row_pass(JudgedRows(student, teacher, self.rows.labels[index], keys, acceptance), out)
         require_finite_losses(found.terms(self.objective).loss, keys)
-        if room is not None and len(live):
+        if out is not None and len(live):
             self.waiting.append(index[live])
         return index, found
 
@@ -294,7 +297,7 @@ class _Batch:
     # ---- gradients of hidden states and head ---------------------------------------------------------------------------------
 
     def _gradients_to_multiply(self, count: int) -> Tensor:
-        """The packed gradients; where a GPU multiplies in 16 bits, so rounded, over the teacher's spent logits if there are any."""
+        """The packed gradients; rounded where a GPU multiplies in 16 bits, over the teacher's spent logits if there are any."""
         gradients, dtype = self.student_space[:count], self.head.weight.dtype
         if gradients.device.type != "cuda" or not self.hidden.dtype == dtype != gradients.dtype:
             return gradients
@@ -342,4 +345,7 @@ class _Precomputed(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the loss was differentiated before, which used up its gradients: compute it again")
         gradients, ctx.gradients = ctx.gradients, None  # the caller's alone now, so that nobody copies them
-        return None, None, *(g.mul_(outer[0].to(g.dtype)).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
+        if float(outer[0]) != 1:
+            for gradient in gradients:
+                gradient.mul_(outer[0].to(gradient.dtype))
+        return None, None, *(gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))

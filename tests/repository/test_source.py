@@ -10,7 +10,7 @@ from tests.repository.files import PACKAGE, modules
 
 CORE = (
     "types", "randomness", "errors", "divergences", "gates", "policies", "support", "head", "tokens", "objective", "engine",
-    "row_pass", "early_rejection", "tiles", "metrics", "reference", "compatibility", "config", "evaluate", "spans",
+    "row_pass", "early_rejection", "tiles", "metrics", "reference", "compatibility", "config", "evaluate", "spans", "large",
     "teachers/in_process", "teachers/unreliable", "teachers/shared_prompt", "teachers/placement",
 )  # fmt: skip
 BANNED_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
