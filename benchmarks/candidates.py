@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, linear
 from problem import VERIFY_TOP_K, Problem
 from speckd import LMHead, Objective, distillation_loss
 from speckd.config import DIVERGENCES
+from speckd.early_rejection import EarlyRejection
 from speckd.engine import default_chunk_size
 from speckd.gates import NoGate, TopK
 from speckd.policies import Label, Mask
@@ -75,22 +76,11 @@ class Candidate:
 
 # ---- this package --------------------------------------------------------------------------------------------------------
 
-#: Whether the engine can reject early. Where it cannot, those candidates are left out, and that is said.
-EARLY_REJECTION = False
 
-
-def our_chunk(rows: int, vocabulary: int) -> int:
+def our_chunk(rows: int, vocabulary: int, device_type: str) -> int:
     """Rows of the engine's chunks at its default, balanced: what "equal chunk" means for the peers."""
-    chunks = -(-rows // default_chunk_size(vocabulary))
+    chunks = -(-rows // default_chunk_size(vocabulary, device_type))
     return -(-rows // chunks)
-
-
-def call_the_engine(objective: Objective, teacher: TeacherRows, problem: Problem, chunk: int, early_rejection: bool) -> Tensor:
-    """THE ONE CALL OF THE ENGINE. Early rejection is switched on here: `early_rejection=EarlyRejection() if … else None`."""
-    assert not early_rejection, "this engine cannot reject early"
-    head = LMHead(problem.head)
-    output = distillation_loss(objective, problem.hidden, head, teacher, problem.rows, chunk_size=chunk)
-    return output.sum / output.count
 
 
 def ours(name: str, family: str, loss: Loss, early_rejection: bool = False) -> Candidate:
@@ -104,7 +94,9 @@ def ours(name: str, family: str, loss: Loss, early_rejection: bool = False) -> C
         teacher: TeacherRows = HiddenTeacher(problem.teacher_hidden, LMHead(problem.teacher_head))
         if loss.teacher != "dense":
             teacher = TopKTeacher(problem.top_ids, problem.top_log_probs, problem.label_log_probs)
-        return call_the_engine(objective, teacher, problem, chunk, early_rejection)
+        certify = EarlyRejection() if early_rejection else None
+        output = distillation_loss(objective, problem.hidden, LMHead(problem.head), teacher, problem.rows, chunk, certify)
+        return output.sum / output.count
 
     return Candidate(f"ours, {name}", family, loss, run, ours=True)
 
@@ -114,7 +106,7 @@ def all_ours() -> list[Candidate]:
     for family, divergence in ((FORWARD_KL, "forward_kl"), (JSD, "generalized_jsd"), (FROZEN, "forward_kl")):
         gated = Loss(divergence, gated=True)
         found += [ours("ungated", family, Loss(divergence)), ours("gated", family, gated)]
-        found += [ours("gated, early rejection", family, gated, early_rejection=True)] if EARLY_REJECTION else []
+        found += [ours("gated, early rejection", family, gated, early_rejection=True)]
         found += [ours("gated, label", family, Loss(divergence, gated=True, label=True))]
     for gated in (False, True):
         found.append(ours("gated" if gated else "ungated", CACHED, Loss("forward_kl", gated, teacher="top-K and tail")))

@@ -31,7 +31,6 @@ from typing import Any
 import torch
 
 from candidates import (
-    EARLY_REJECTION,
     FAMILIES,
     FORWARD_KL,
     NAIVE,
@@ -83,7 +82,7 @@ class Setting:
         return f"N{s.positions}-V{s.vocabulary}-supervised{s.supervised:g}-accepted{s.acceptance:g}"
 
     def chunk_of(self, problem: Problem) -> int:
-        return self.chunk or our_chunk(len(problem.rows), self.shape.vocabulary)
+        return self.chunk or our_chunk(len(problem.rows), self.shape.vocabulary, self.device.type)
 
     def build(self) -> Problem:
         return build(self.shape, self.device, self.dtype)
@@ -114,8 +113,6 @@ def everyone(device: torch.device) -> Iterator[Candidate]:
 
 def participants(setting: Setting, wanted: Callable[[Candidate], bool]) -> dict[str, tuple[Candidate, float]]:
     """{key: (candidate, its error)} of those that compute what they say. This package must: a wrong engine has no speed."""
-    if not EARLY_REJECTION:
-        print("\n*** NOT MEASURED: early rejection: this engine has none\n", flush=True)
     found, tolerance = {}, TOLERANCE[setting.dtype]
     for candidate in filter(wanted, everyone(setting.device)):
         error = error_of(candidate, setting)
@@ -217,7 +214,7 @@ def memory_command(setting: Setting, args: argparse.Namespace) -> None:
     require_memory_clock(setting.device)
     taking_part = participants(setting, lambda candidate: candidate.family in args.families)
     count, vocabulary = round(setting.shape.positions * setting.shape.supervised), setting.shape.vocabulary
-    chunk = setting.chunk or our_chunk(count, vocabulary)
+    chunk = setting.chunk or our_chunk(count, vocabulary, setting.device.type)
     element = torch.finfo(setting.dtype).bits // 8
     rows, cells = [], []
     for candidate, _ in taking_part.values():
