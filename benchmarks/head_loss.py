@@ -70,16 +70,18 @@ class Setting:
 
     @property
     def words(self) -> str:
-        s = self.shape
+        s, far = self.shape, " (far rejections)" if self.shape.far else ""
         return (
             f"N {s.positions}, V {s.vocabulary}, Hs {s.student_width}, Ht {s.teacher_width}, {s.supervised:.0%} supervised, "
-            f"{s.acceptance:.0%} of them to be accepted, {self.dtype}, {self.device}, {self.threads} thread(s), seed {s.seed}"
+            f"{s.acceptance:.0%} of them to be accepted{far}, {self.dtype}, {self.device}, {self.threads} thread(s), "
+            f"seed {s.seed}"
         )
 
     @property
     def slug(self) -> str:
         s = self.shape
-        return f"N{s.positions}-V{s.vocabulary}-supervised{s.supervised:g}-accepted{s.acceptance:g}"
+        far = "-far" if s.far else ""
+        return f"N{s.positions}-V{s.vocabulary}-supervised{s.supervised:g}-accepted{s.acceptance:g}{far}"
 
     def chunk_of(self, problem: Problem) -> int:
         return self.chunk or our_chunk(len(problem.rows), self.shape.vocabulary, self.device.type)
@@ -310,6 +312,7 @@ def parse() -> argparse.Namespace:
         command.add_argument("--vocabulary", type=int, default=32_000)
         command.add_argument("--supervised", type=float, default=0.6)
         command.add_argument("--acceptance", type=float, default=0.5)
+        command.add_argument("--far", action="store_true", help="rejected rows are wholly another row's, not a mixture")
         command.add_argument("--student_width", type=int, default=512)
         command.add_argument("--teacher_width", type=int, default=1024)
         command.add_argument("--seed", type=int, default=0)

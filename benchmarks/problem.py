@@ -23,12 +23,16 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """N positions, of which a share is supervised, of which a share is to be accepted; V tokens; the hidden widths."""
+    """N positions, of which a share is supervised, of which a share is to be accepted; V tokens; the hidden widths.
+
+    `far`: at a row to be rejected the teacher thinks of another row altogether, instead of a mixture.
+    """
 
     positions: int
     vocabulary: int
     supervised: float = 0.6
     acceptance: float = 0.5
+    far: bool = False
     student_width: int = 512
     teacher_width: int = 1024
     seed: int = 0
@@ -101,6 +105,8 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Problem:
     noise, extra = spread * normal(n, shape.student_width), spread * normal(n, more)
     size = torch.full((n, 1), 0.3, device=device)  # of the noise
     share = 0.4 + 0.3 * torch.rand(n, 1, generator=generator, device=device)  # of another row, at a row to be rejected
+    if shape.far:
+        share.fill_(1)
     ranks, wrong = torch.zeros(n, dtype=torch.long, device=device), torch.ones(n, dtype=torch.bool, device=device)
     for _ in range(12):
         mixed = (share * hidden.roll(1, 0) + (1 - share) * hidden) / (share**2 + (1 - share) ** 2).sqrt()

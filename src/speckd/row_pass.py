@@ -125,7 +125,7 @@ class RowPass:
             return found, first
         for start in range(0, len(second), self.tile):
             self._learn_label(rows, second[start : start + self.tile], label, out)
-        out[: len(on)][~(taught | labelled)] = 0
+        out[(~(taught | labelled)).nonzero()[:, 0]] = 0
         return found, torch.arange(len(on), device=on.device)
 
     def _label_slopes(self, rows: JudgedRows, fallen: Tensor, found: RowResults) -> Tensor | None:
@@ -133,7 +133,9 @@ class RowPass:
         weight, falls = self.objective.label_loss_weight, fallen != 0
         if weight == 0 and not bool(falls.any()):
             return None
-        found.label_log_prob = rows.student.label_log_prob(rows.labels)
+        needed = torch.arange(len(falls), device=falls.device) if weight else falls.nonzero()[:, 0]
+        parts = [rows.student.rows(_span(some)).label_log_prob(rows.labels[some]) for some in needed.split(self.tile)]
+        found.label_log_prob[needed] = torch.cat(parts)
         slopes = torch.full_like(found.label_log_prob, -weight)
         if bool(falls.any()) and not self.by_definition:
             with torch.enable_grad():

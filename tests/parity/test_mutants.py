@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from speckd import engine, gates, objective, policies, support
+from speckd import divergences, engine, gates, head, objective, policies, row_pass, support, tiles
 from speckd.divergences import AdaptiveKL, AlphaBeta, GeneralizedJSD, SkewedForwardKL, forward_kl, reverse_kl, total_variation
 from tests.parity import cases
 from tests.parity.cases import problem, setting
@@ -25,7 +25,7 @@ def terms(change: Callable[..., Any]) -> Callable[[Patch], None]:
     """Replaces `token_terms` everywhere by a changed one: change(objective, rows, acceptance)."""
 
     def apply(patch: Patch) -> None:
-        patch.setattr(engine, "token_terms", change)
+        patch.setattr(row_pass, "token_terms", change)
         patch.setattr(cases, "token_terms", change)
 
     return apply
@@ -55,8 +55,8 @@ def hot_student_only(logits: torch.Tensor, teacher: Any, temperature: float = 1.
     return support.shared_support(logits / temperature, teacher)
 
 
-def no_tail(student: torch.Tensor, teacher: Any) -> Any:
-    return student.gather(-1, teacher.token_ids), teacher.log_probs
+def no_tail(student_logits: torch.Tensor, teacher: Any, temperature: float = 1.0) -> Any:
+    return student_logits.log_softmax(-1).gather(-1, teacher.token_ids), teacher.log_probs
 
 
 def unnormalised_residual(self: Any, rows: Any) -> torch.Tensor:
@@ -103,7 +103,7 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], str, str, str, dict[str, Any],
         own(objective, "shared_support", hot_student_only),
         *("none", "mask", "forward_kl", {"temperature": 2.0}, None),
     ),
-    "tail dropped": (own(support, "_with_tail", no_tail), "none", "mask", "forward_kl", {}, 6),
+    "tail dropped": (own(objective, "shared_support", no_tail), "none", "mask", "forward_kl", {}, 6),
     "gradient through the gate": (terms(gate_with_gradient), "label_ratio", "mask", "forward_kl", {}, None),
     "mean of a chunk": (terms(mean_not_sum), "top_k", "mask", "forward_kl", {}, None),
     "divided by what was accepted": (
@@ -152,6 +152,75 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], str, str, str, dict[str, Any],
         *("top_k", "mask", "forward_kl", {}, None),
     ),
 }
+
+
+PASS = row_pass.RowPass
+
+
+def entry(name: str, change: Callable[..., Any]) -> Callable[[Patch], None]:
+    """A closed form whose (value, slope) is changed."""
+    right = getattr(divergences, name)
+    return lambda patch: patch.setattr(divergences, name, lambda *given: change(*right(*given)))
+
+
+def slopes_times(factor: float) -> Callable[..., Any]:
+    right = PASS._label_slopes
+
+    def changed(self: Any, *given: Any) -> Any:
+        found = right(self, *given)
+        return None if found is None else factor * found
+
+    return changed
+
+
+def cold(logits: torch.Tensor, maximum: torch.Tensor, temperature: float) -> Any:
+    return NORMALISED(logits, maximum, 1.0)
+
+
+NORMALISED = row_pass._normalised
+GATE_ORDER = tiles.fewer_above_than
+
+#: The same for the fast path alone, which the definition knows nothing of.
+FAST_MUTANTS: dict[str, tuple[Callable[[Patch], None], str, str, str, dict[str, Any], int | None]] = {
+    "slope with the wrong sign": (entry("_forward_kl_entry", lambda f, s: (f, -s)), "top_k", "mask", "forward_kl", {}, None),
+    "slope doubled": (entry("_reverse_kl_entry", lambda f, s: (f, 2 * s)), "none", "mask", "reverse_kl", {}, None),
+    "value halved": (entry("_generalized_jsd_entry", lambda f, s: (f / 2, s)), "none", "mask", "generalized_jsd", {}, None),
+    "label's slope forgotten": (own(PASS, "_label_slopes", slopes_times(0.0)), "top_k", "label", "forward_kl", {}, None),
+    "label's slope of a truncated teacher": (own(PASS, "_label_slopes", slopes_times(2.0)), "top_k", "label", "todi", {}, 6),
+    "temperature forgotten": (own(row_pass, "_normalised", cold), "none", "mask", "forward_kl", {"temperature": 2.0}, None),
+    "gradients packed in another order": (
+        own(row_pass, "_span", lambda index: slice(0, len(index))),
+        *("top_k", "mask", "forward_kl", {}, None),
+    ),
+    "rank off by one": (
+        own(tiles, "fewer_above_than", lambda logits, maxima, values, k: GATE_ORDER(logits, maxima, values, k + 1)),
+        *("top_k", "mask", "forward_kl", {}, None),
+    ),
+    "weights of a truncated teacher ignored": (
+        own(row_pass, "teacher_support", lambda teacher, *_: torch.cat([teacher.log_probs, teacher.log_probs[:, :1]], -1)),
+        *("none", "mask", "forward_kl", {}, 6),
+    ),
+    "bias without gradient": (
+        own(engine._Gradients, "wanted", classmethod(lambda cls, h, head: replace(WANTED(h, head), bias=None))),
+        *("none", "mask", "forward_kl", {}, None),
+    ),
+    "weight's gradient not accumulated": (
+        own(engine, "add_product", lambda total, a, b, f, overwrite: head.add_product(total, a, b, f, True)),
+        *("none", "mask", "forward_kl", {}, None),
+    ),
+}
+WANTED = engine._Gradients.wanted
+
+
+@pytest.mark.parametrize("name", FAST_MUTANTS)
+def test_the_bug_of_the_fast_path_is_seen(name: str, monkeypatch: Patch) -> None:
+    bug, gate, rejected, divergence, more, top = FAST_MUTANTS[name]
+    given = problem(seed=3, tokens=12)
+    chosen = setting(given, gate, rejected, divergence, **more)
+    require_parity(given, chosen, top)
+    bug(monkeypatch)
+    with pytest.raises(AssertionError):
+        require_parity(given, chosen, top)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
