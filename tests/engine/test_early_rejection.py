@@ -94,8 +94,11 @@ def test_loss_verdicts_and_gradients_stay(gate, policy) -> None:
     for plain, spared in zip(*results, strict=True):
         assert torch.allclose(plain, spared, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
     assert torch.equal(results[0][1], results[1][1])
-    spares = isinstance(gate, MonotoneGate) and gate.monotone and isinstance(policy, Mask | Label) and gate != NoGate()
-    assert counts[0] == 90 and (counts[1] < 80 if spares else counts[1] == 90)
+    assert counts[0] == 90
+    if not (isinstance(gate, MonotoneGate) and gate.monotone and isinstance(policy, Mask | Label)):
+        assert counts[1] == 90
+    elif not isinstance(gate, LabelRatio):  # of unlike models, a few logits bound a label's probability but loosely
+        assert counts[1] < 80
 
 
 def test_a_scrambled_teacher_is_looked_at_where_it_is_scrambled() -> None:
