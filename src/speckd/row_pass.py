@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from speckd import tiles
 from speckd.divergences import HasEntries
 from speckd.head import LMHead
 from speckd.objective import Objective, TokenTerms, token_terms
@@ -154,7 +155,7 @@ class RowPass:
         teacher = _dense(rows.teacher)
         student_logits, teacher_logits = rows.student.logits[where], teacher.logits[where]
         cap = self.head.slope_of_cap(student_logits)
-        plain = torch.softmax(student_logits, -1) if label is not None and temperature != 1 else None
+        plain = tiles.softmax(student_logits) if label is not None and temperature != 1 else None
         q, log_q = _normalised(student_logits, rows.student.maximum[where], temperature)
         p, log_p = _normalised(teacher_logits, teacher.maximum[where], temperature)
         value, slope = _slope(self.objective.divergence, log_q, log_p, q, p)
@@ -191,7 +192,7 @@ class RowPass:
         logits, ids = rows.student.logits[where], teacher.token_ids
         cap = self.head.slope_of_cap(logits)
         log_p = teacher_support(teacher, logits.shape[-1], self.objective.divergence_temperature).to(logits.dtype)
-        outside = torch.softmax(logits, -1)
+        outside = tiles.softmax(logits)
         log_mass, inside = -outside.amax(-1, keepdim=True).log(), outside.gather(-1, ids)
         outside.scatter_(-1, ids, 0)
         tail = outside.sum(-1, keepdim=True)  # with every digit, unlike 1 − Σ inside
@@ -217,7 +218,7 @@ class RowPass:
         where, own = _span(index), label[index][:, None]
         logits = rows.student.logits[where]
         cap = self.head.slope_of_cap(logits)
-        gradient = torch.softmax(logits, -1).mul_(-own).scatter_add_(1, rows.labels[index][:, None], own)
+        gradient = tiles.softmax(logits).mul_(-own).scatter_add_(1, rows.labels[index][:, None], own)
         out[where] = gradient if cap is None else gradient.mul_(cap)
 
     def _define(self, rows: JudgedRows, index: Tensor, to: slice | Tensor, found: RowResults, out: Tensor | None) -> None:
@@ -278,7 +279,7 @@ def _normalised(logits: Tensor, maximum: Tensor, temperature: float) -> tuple[Te
     if temperature != 1:
         maximum = maximum / temperature
         logits.div_(temperature)
-    probs = torch.softmax(logits, -1)
+    probs = tiles.softmax(logits)
     return probs, logits.sub_(maximum).add_(probs.amax(-1, keepdim=True).log())
 
 

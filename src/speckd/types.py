@@ -54,7 +54,7 @@ class DenseSignal:
     @cached_property
     def log_mass(self) -> Tensor:
         """log Σ exp(logits − maximum), [N, 1]; read off the largest probability, which spares a second pass of exp."""
-        best = [torch.softmax(self.logits[some], -1).amax(-1, keepdim=True) for some in tiles.row_slices(self.logits)]
+        best = [tiles.softmax(self.logits[some]).amax(-1, keepdim=True) for some in tiles.row_slices(self.logits)]
         return -torch.cat(best or [self.logits[:, :1]]).log()
 
     @cached_property
@@ -76,13 +76,13 @@ class DenseSignal:
 
     def sample(self, draws: Tensor) -> Tensor:
         """Inverse CDF: uniforms [N, C] -> [N, C] token ids."""
-        some = [tiles.sample(torch.softmax(self.logits[part], -1), draws[part]) for part in tiles.row_slices(self.logits)]
+        some = [tiles.sample(tiles.softmax(self.logits[part]), draws[part]) for part in tiles.row_slices(self.logits)]
         return torch.cat(some) if some else draws.long()
 
     def overlap(self, student: "DenseSignal") -> Tensor:
         """Σ_v min(p, q) = 1 − TV, [N]: the chance that one candidate drawn from the student is accepted."""
         some = [
-            torch.minimum(torch.softmax(self.logits[part], -1), torch.softmax(student.logits[part], -1)).sum(-1)
+            torch.minimum(tiles.softmax(self.logits[part]), tiles.softmax(student.logits[part])).sum(-1)
             for part in tiles.row_slices(self.logits)
         ]
         return torch.cat(some or [self.logits[:, 0]]).clamp(max=1.0)
@@ -91,7 +91,7 @@ class DenseSignal:
         """[N] nats."""
         some = []
         for part in tiles.row_slices(self.logits):
-            probs = torch.softmax(self.logits[part], -1)
+            probs = tiles.softmax(self.logits[part])
             some.append(-(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1))
         return torch.cat(some or [self.logits[:, 0]])
 

@@ -36,7 +36,8 @@ def own(owner: Any, name: str, function: Any) -> Callable[[Patch], None]:
 
 
 def gate_with_gradient(given: Any, rows: Any, acceptance: torch.Tensor) -> Any:
-    ratio = (rows.teacher.label_log_prob(rows.labels) - rows.student_label_log_prob).exp().clamp(max=1)
+    own = rows.student_logits.log_softmax(-1).gather(-1, rows.labels[:, None])[:, 0]
+    ratio = (rows.teacher.label_log_prob(rows.labels) - own).exp().clamp(max=1)
     found = TERMS(given, rows, acceptance)
     return replace(found, loss=found.loss + (ratio - ratio.detach()) * found.divergence.nan_to_num())
 
