@@ -44,6 +44,7 @@ class AcceptanceTally:
     tokens; for soft gates, the mean acceptance. `divergence`: nats per token over the tokens where it was computed (a masked
     token's is not), `_accepted` and `_rejected` weighted by acceptance and its complement. `loss_share/…`: what part of the
     summed loss came from accepted weight, from rejected weight (down-weighted or fallback), from `label_loss_weight`.
+    `tar_by_teacher_entropy/…`: over the tokens whose entropy the engine measured, every sixteenth.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,7 @@ class AcceptanceTally:
         computed = terms.divergence.isfinite()  # infinite where a zero weight silenced it
         divergence = terms.divergence.double().where(computed, 0)
         rejection = (1 - acceptance) * computed
+        diagnosed = ~output.teacher_entropy.isnan()
         found = [
             _per_sequence(acceptance, output.rows.keys.sample),
             (acceptance.sum(), acceptance.new_tensor(len(acceptance))),
@@ -68,7 +70,7 @@ class AcceptanceTally:
                 for p in (terms.accepted_loss, terms.rejected_loss, terms.label_loss)
             ],
             *_by_range(acceptance, _place_in_sequence(output), POSITION_EDGES),
-            *_by_range(acceptance, output.teacher_entropy.double(), ENTROPY_EDGES),
+            *_by_range(acceptance[diagnosed], output.teacher_entropy[diagnosed].double(), ENTROPY_EDGES),
         ]
         self.sums += torch.stack([torch.stack([n.double(), d.double()]) for n, d in found]).cpu()
 
