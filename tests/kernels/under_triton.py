@@ -54,7 +54,7 @@ def keys(count: int) -> TokenKeys:
 )
 def test_statistics(dtype: torch.dtype, width: int) -> None:
     logits = drawn(5, width, width, dtype)
-    logits[1, width // 2 :] = logits[1, 0]  # ties, in many tiles
+    logits[1, width // 3 :: 7] = 50  # ties, in many tiles
     logits[2, : width - 1] = -torch.inf
     logits[3, width // 2] = 40
     found, exact = Statistics.of(logits, 2.5), logits.double()
@@ -92,13 +92,9 @@ def test_ranks(dtype: torch.dtype, k: int) -> None:
     logits[3, 7:90] = 50
     logits[4] = 1
     signal = MeasuredSignal.of(logits)
-    for ids in (
-        [0] * 6,
-        [WIDTH - 1] * 6,
-        [8] * 6,
-        signal.argmax().tolist(),
-        logits.float().argsort(-1)[:, -min(k, WIDTH)].tolist(),
-    ):
+    ordered = logits.float().argsort(-1, descending=True)
+    just_in, just_out = (ordered[:, min(place, WIDTH - 1)].tolist() for place in (k - 1, k))
+    for ids in ([0] * 6, [WIDTH - 1] * 6, [8] * 6, signal.argmax().tolist(), just_in, just_out):
         own = torch.stack([row[token] for row, token in zip(logits.double(), ids, strict=True)])
         expected = ((logits.double() > own[:, None]).sum(-1) < k) & (own > -torch.inf)
         assert torch.equal(signal.in_top_k(torch.tensor(ids, device=DEVICE), k), expected)

@@ -25,7 +25,7 @@ def _abs(x):
 
 @triton.jit
 def _clamp_min(x, least):
-    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, least)
 
 
 @triton.jit
