@@ -95,6 +95,15 @@ class DenseSignal:
             some.append(-(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1))
         return torch.cat(some or [self.logits[:, 0]])
 
+    def entropies(self, index: Tensor) -> Tensor:
+        """[m] nats of some rows, one by one, for the sake of memory."""
+        parts = [self.rows(slice(place, place + 1)).entropy() for place in index.tolist()]
+        return torch.cat(parts or [self.logits[:0, 0]])
+
+    def reordered(self, index: Tensor) -> "DenseSignal":
+        """The signal after its logits were moved, in place: row i is what row `index[i]` was."""
+        return DenseSignal(self.logits)
+
     def argmax(self) -> Tensor:
         return tiles.argmax(self.logits, self.tile_maxima)
 
@@ -150,6 +159,10 @@ class TopKSignal:
         probs = self.log_probs.exp()
         tail = (1 - probs.sum(-1)).clamp(min=0)
         return torch.special.entr(probs).sum(-1) + torch.special.entr(tail)
+
+    def entropies(self, index: Tensor) -> Tensor:
+        """[m] of some rows."""
+        return self.rows(index).entropy()
 
     def argmax(self) -> Tensor:
         best = self.log_probs.argmax(-1, keepdim=True)
