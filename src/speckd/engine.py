@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speckd import kernels
 from speckd.divergences import HasEntries
 from speckd.early_rejection import EarlyRejection
 from speckd.errors import NonFiniteError
@@ -24,7 +25,7 @@ from speckd.objective import (
     require_finite_losses,
     require_usable_logits,
 )
-from speckd.row_pass import JudgedRows, RowPass, RowResults, wants_support
+from speckd.row_pass import JudgedRows, RowResults, wants_support
 from speckd.spans import DIVERGENCE, EARLY_REJECTION, GATE, HEAD_GRADIENTS, STUDENT_HEAD, TEACHER_HEAD, span
 from speckd.tokens import SupervisedRows
 from speckd.types import (
@@ -172,7 +173,7 @@ class _Batch:
         of_a_chunk = shape[0] // (_TILES_OF_A_CHUNK if closed else 3 * _TILES_OF_A_CHUNK)
         small, large = (_TILE_BYTES // (share * 4 * shape[1]) for share in (4, 1))
         tile = max(1, small, min(large, of_a_chunk))
-        self.row_pass = RowPass(self.objective, self.head, tile, by_definition)
+        self.row_pass = kernels.row_pass(self.objective, self.head, tile, by_definition, self.student_space)
 
     def run(self) -> RowResults:
         verdicts = self._first_pass()
@@ -197,7 +198,7 @@ class _Batch:
         space = self.student_space[held : held + len(index)]
         with span(STUDENT_HEAD):
             self.head.write(self.hidden[self.rows.index[index]], space)
-        student = DenseSignal(space)
+        student = self._signal(space)
         require_usable_logits(student.maximum, "student", self.rows.keys.rows(index))
         return student
 
@@ -214,9 +215,12 @@ class _Batch:
                 if isinstance(signal, TopKSignal):
                     return signal
                 space.copy_(signal.logits)
-        signal = DenseSignal(space)
+        signal = self._signal(space)
         require_usable_logits(signal.maximum, "teacher", self.rows.keys.rows(index))
         return signal
+
+    def _signal(self, logits: Tensor) -> DenseSignal:
+        return kernels.signal(logits, self.objective.divergence_temperature)
 
     def _first_pass(self) -> Tensor | None:
         """A `BatchGate` sees every row before the first is weighed; None where rows are judged one by one."""
@@ -242,7 +246,7 @@ class _Batch:
         acceptance = torch.full_like(student.logits[:, 0], torch.nan)
         if self.objective.needs_teacher:
             order, possible = self._possible_first(student, index)
-            index, student = index[order], DenseSignal(student.logits)
+            index, student = index[order], student.reordered(order)
             teacher = self._teacher(index[:possible])
             self._diagnose(teacher, index[:possible])
             acceptance.zero_()
@@ -277,10 +281,7 @@ class _Batch:
             possible = certify.possible(gate, student, teacher, self.rows.index[index], labels, keys) | _diagnosed(keys)
             count = int(possible.sum())
             holes, movers = (~possible[:count]).nonzero()[:, 0], possible[count:].nonzero()[:, 0] + count
-            for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
-                kept = student.logits[hole].clone()
-                student.logits[hole] = student.logits[mover]
-                student.logits[mover] = kept
+            kernels.swap_rows(student.logits, holes, movers)
             everything[holes], everything[movers] = movers, holes
         return everything, count
 
@@ -291,8 +292,8 @@ class _Batch:
         return float(on) == 0 and not (self.row_pass.by_definition and float(fallen) != 0)
 
     def _diagnose(self, teacher: TeacherSignal, index: Tensor) -> None:
-        for place in _diagnosed(self.rows.keys.rows(index)).nonzero()[:, 0].tolist():  # one by one, for the sake of memory
-            self.entropy[index[place]] = teacher.rows(slice(place, place + 1)).entropy()[0]
+        places = _diagnosed(self.rows.keys.rows(index)).nonzero()[:, 0]
+        self.entropy[index[places]] = teacher.entropies(places)
 
     # ---- gradients of hidden states and head ---------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ class RowResults:
     def terms(self, objective: Objective) -> TokenTerms:
         """The loss taken apart, as `token_terms` does it."""
         share, label_weight = 1 - objective.label_loss_weight, objective.label_loss_weight
-        on, fallen = _weights(objective, self.acceptance)
+        on, fallen = token_weights(objective, self.acceptance)
         per_token = objective.divergence_temperature**2 * self.divergence
         weighed = torch.where(on != 0, on * per_token, 0)
         accepted = torch.where((on != 0) & (self.acceptance > 0), share * self.acceptance * per_token, 0)
@@ -62,7 +62,7 @@ class RowResults:
         return TokenTerms(weighed + fallback + labelled, on + fallen + label_weight, self.acceptance, per_token, *parts)
 
 
-def _weights(objective: Objective, acceptance: Tensor) -> tuple[Tensor, Tensor]:
+def token_weights(objective: Objective, acceptance: Tensor) -> tuple[Tensor, Tensor]:
     """[n] of the divergence and of the fallback, after the label's share."""
     if not objective.needs_teacher:
         return torch.zeros_like(acceptance), torch.zeros_like(acceptance)
@@ -102,11 +102,11 @@ class RowPass:
             out: [n, V], the very place of the student's logits. Its first m rows become the gradients of the summed loss for
                 the head's products, scale apart, in the order of the second result. None: no gradient is wanted.
         """
-        on, fallen = _weights(self.objective, rows.acceptance)
+        on, fallen = token_weights(self.objective, rows.acceptance)
         found = RowResults.of(rows.acceptance)
         taught = (on != 0) | ((fallen != 0) & self.by_definition)
         labelled = ~taught & ((fallen != 0) | (self.objective.label_loss_weight > 0))
-        label = self._label_slopes(rows, fallen, found)
+        label = self.label_slopes(rows, fallen, found)
         first, second = taught.nonzero()[:, 0], labelled.nonzero()[:, 0]
         # Packing rows of one kind never overtakes what is still to be read; of two kinds it would, so each stays in its place.
         packed = not len(second)
@@ -129,14 +129,13 @@ class RowPass:
         out[(~(taught | labelled)).nonzero()[:, 0]] = 0
         return found, torch.arange(len(on), device=on.device)
 
-    def _label_slopes(self, rows: JudgedRows, fallen: Tensor, found: RowResults) -> Tensor | None:
+    def label_slopes(self, rows: JudgedRows, fallen: Tensor, found: RowResults) -> Tensor | None:
         """[n] derivative of fallback and label loss for the label's log-probability; None where no row has either."""
         weight, falls = self.objective.label_loss_weight, fallen != 0
         if weight == 0 and not bool(falls.any()):
             return None
         needed = torch.arange(len(falls), device=falls.device) if weight else falls.nonzero()[:, 0]
-        parts = [rows.student.rows(_span(some)).label_log_prob(rows.labels[some]) for some in needed.split(self.tile)]
-        found.label_log_prob[needed] = torch.cat(parts)
+        found.label_log_prob[needed] = rows.student.label_log_probs(needed, rows.labels[needed])
         slopes = torch.full_like(found.label_log_prob, -weight)
         if bool(falls.any()) and not self.by_definition:
             with torch.enable_grad():
@@ -152,13 +151,13 @@ class RowPass:
     ) -> Tensor:
         """The divergence of some rows, [r]; their gradients into `out[to]`."""
         temperature, where = self.objective.divergence_temperature, _span(index)
-        teacher = _dense(rows.teacher)
+        teacher = as_dense(rows.teacher)
         student_logits, teacher_logits = rows.student.logits[where], teacher.logits[where]
         cap = self.head.slope_of_cap(student_logits)
         plain = tiles.softmax(student_logits) if label is not None and temperature != 1 else None
         q, log_q = _normalised(student_logits, rows.student.maximum[where], temperature)
         p, log_p = _normalised(teacher_logits, teacher.maximum[where], temperature)
-        value, slope = _slope(self.objective.divergence, log_q, log_p, q, p)
+        value, slope = divergence_slope(self.objective.divergence, log_q, log_p, q, p)
         if out is None:
             return value
         weight, total = (temperature * on)[:, None], slope.sum(-1, keepdim=True)  # T² of the divergence, 1/T of the logits
@@ -198,7 +197,7 @@ class RowPass:
         tail = outside.sum(-1, keepdim=True)  # with every digit, unlike 1 − Σ inside
         log_inside = logits.gather(-1, ids) - rows.student.maximum[where] - log_mass
         q, log_q = torch.cat([inside, tail], -1), torch.cat([log_inside, tail.log()], -1)
-        value, slope = _slope(self.objective.divergence, log_q, log_p, q, log_p.exp())
+        value, slope = divergence_slope(self.objective.divergence, log_q, log_p, q, log_p.exp())
         if out is None:
             return value
         slope = slope * on[:, None]
@@ -266,7 +265,7 @@ def _span(index: Tensor) -> slice | Tensor:
     return slice(first, last + 1) if last - first + 1 == len(index) else index
 
 
-def _dense(signal: TeacherSignal | None) -> DenseSignal:
+def as_dense(signal: TeacherSignal | None) -> DenseSignal:
     """A top-K that is the whole vocabulary, as one; a dense signal as it is."""
     assert signal is not None
     if isinstance(signal, DenseSignal):
@@ -283,7 +282,7 @@ def _normalised(logits: Tensor, maximum: Tensor, temperature: float) -> tuple[Te
     return probs, logits.sub_(maximum).add_(probs.amax(-1, keepdim=True).log())
 
 
-def _slope(divergence: Divergence, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+def divergence_slope(divergence: Divergence, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """[n] divergence and its derivative for log q, [n, S], each entry by itself."""
     if isinstance(divergence, HasEntries):
         form = divergence.entrywise

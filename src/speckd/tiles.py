@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CACHED_BYTES = 2**20  # what a few rows may take to stay in a core's cache
+#: What a few rows may take: on a CPU to stay in a core's cache, on a GPU to be worth a launch.
+_ROWS_BYTES = {"cpu": 2**20, "cuda": 2**26}
 WIDTH = 128  # entries in a tile; the last one may be shorter
 
 
@@ -65,9 +66,13 @@ def softmax(logits: Tensor) -> Tensor:
     return probs.div_(probs.sum(-1, keepdim=True))
 
 
+def rows_at_once(logits: Tensor) -> int:
+    """Of [N, V]: how many to work on together, so that what is made of them stays small and in the cache."""
+    return max(1, _ROWS_BYTES.get(logits.device.type, 2**26) // (logits.shape[-1] * logits.element_size()))
+
+
 def row_slices(logits: Tensor) -> Iterator[slice]:
-    """Of [N, V]: rows to work on together, so that what is made of them stays small and in the cache."""
-    step = max(1, _CACHED_BYTES // (logits.shape[-1] * logits.element_size()))
+    step = rows_at_once(logits)
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
 

@@ -69,6 +69,12 @@ class DenseSignal:
     def label_log_prob(self, labels: Tensor) -> Tensor:
         return self.log_prob(labels[:, None])[:, 0]
 
+    def label_log_probs(self, index: Tensor, labels: Tensor) -> Tensor:
+        """[m] of some rows, without a copy of them all; `labels`: [m], theirs."""
+        step = tiles.rows_at_once(self.logits)
+        parts = [self.rows(i).label_log_prob(y) for i, y in zip(index.split(step), labels.split(step), strict=True)]
+        return torch.cat(parts or [self.logits[:0, 0]])
+
     def in_top_k(self, token_ids: Tensor, k: int) -> Tensor:
         """[N] ids -> [N] bool: fewer than k tokens are strictly more probable, so ties are accepted in any order."""
         own = self.logits.gather(-1, token_ids[:, None])[:, 0]
@@ -94,6 +100,18 @@ class DenseSignal:
             probs = tiles.softmax(self.logits[part])
             some.append(-(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1))
         return torch.cat(some or [self.logits[:, 0]])
+
+    def entropies(self, index: Tensor) -> Tensor:
+        """[m] nats of some rows, one by one, for the sake of memory."""
+        parts = [self.rows(slice(place, place + 1)).entropy() for place in index.tolist()]
+        return torch.cat(parts or [self.logits[:0, 0]])
+
+    def reordered(self, index: Tensor) -> "DenseSignal":
+        """The signal after its logits were moved, in place: row i is what row `index[i]` was."""
+        part = DenseSignal(self.logits)
+        if "tile_maxima" in self.__dict__:
+            part.__dict__["tile_maxima"] = self.tile_maxima[index]
+        return part
 
     def argmax(self) -> Tensor:
         return tiles.argmax(self.logits, self.tile_maxima)
@@ -150,6 +168,10 @@ class TopKSignal:
         probs = self.log_probs.exp()
         tail = (1 - probs.sum(-1)).clamp(min=0)
         return torch.special.entr(probs).sum(-1) + torch.special.entr(tail)
+
+    def entropies(self, index: Tensor) -> Tensor:
+        """[m] of some rows."""
+        return self.rows(index).entropy()
 
     def argmax(self) -> Tensor:
         best = self.log_probs.argmax(-1, keepdim=True)

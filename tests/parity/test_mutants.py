@@ -165,7 +165,7 @@ def entry(name: str, change: Callable[..., Any]) -> Callable[[Patch], None]:
 
 
 def slopes_times(factor: float) -> Callable[..., Any]:
-    right = PASS._label_slopes
+    right = PASS.label_slopes
 
     def changed(self: Any, *given: Any) -> Any:
         found = right(self, *given)
@@ -186,8 +186,8 @@ FAST_MUTANTS: dict[str, tuple[Callable[[Patch], None], str, str, str, dict[str, 
     "slope with the wrong sign": (entry("_forward_kl_entry", lambda f, s: (f, -s)), "top_k", "mask", "forward_kl", {}, None),
     "slope doubled": (entry("_reverse_kl_entry", lambda f, s: (f, 2 * s)), "none", "mask", "reverse_kl", {}, None),
     "value halved": (entry("_generalized_jsd_entry", lambda f, s: (f / 2, s)), "none", "mask", "generalized_jsd", {}, None),
-    "label's slope forgotten": (own(PASS, "_label_slopes", slopes_times(0.0)), "top_k", "label", "forward_kl", {}, None),
-    "label's slope of a truncated teacher": (own(PASS, "_label_slopes", slopes_times(2.0)), "top_k", "label", "todi", {}, 6),
+    "label's slope forgotten": (own(PASS, "label_slopes", slopes_times(0.0)), "top_k", "label", "forward_kl", {}, None),
+    "label's slope of a truncated teacher": (own(PASS, "label_slopes", slopes_times(2.0)), "top_k", "label", "todi", {}, 6),
     "temperature forgotten": (own(row_pass, "_normalised", cold), "none", "mask", "forward_kl", {"temperature": 2.0}, None),
     "gradients packed in another order": (
         own(row_pass, "_span", lambda index: slice(0, len(index))),
