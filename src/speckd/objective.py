@@ -10,7 +10,7 @@ from speckd.divergences import forward_kl
 from speckd.errors import ConfigError, NonFiniteError
 from speckd.gates import AnyGate, LabelRatio
 from speckd.policies import FallbackRows, Label, RejectedPolicy
-from speckd.support import shared_support
+from speckd.support import log_softmax, shared_support
 from speckd.types import Divergence, Rows, TokenKeys
 
 Normalizer = Literal["valid", "weight"]
@@ -82,7 +82,7 @@ def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTe
     share, temperature = 1 - objective.label_loss_weight, objective.divergence_temperature
     loss, divergence = torch.zeros_like(on), torch.full_like(on, torch.nan)
     accepted, rejected, labelled = torch.zeros_like(on), torch.zeros_like(on), torch.zeros_like(on)
-    label_log_prob = torch.log_softmax(rows.student_logits, -1).gather(-1, rows.labels[:, None])[:, 0]
+    label_log_prob = log_softmax(rows.student_logits).gather(-1, rows.labels[:, None])[:, 0]
 
     # Each loss is computed at the rows that have weight for it, and at no others: a weight of 0 costs nothing, and silences an
     # infinite value together with its gradient, which multiplying by 0 would turn into NaN.

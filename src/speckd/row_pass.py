@@ -110,18 +110,15 @@ class RowPass:
         first, second = taught.nonzero()[:, 0], labelled.nonzero()[:, 0]
         # Packing rows of one kind never overtakes what is still to be read; of two kinds it would, so each stays in its place.
         packed = not len(second)
-        values = []
         for start in range(0, len(first), self.tile):
             index = first[start : start + self.tile]
             to = slice(start, start + len(index)) if packed else _span(index)
-            if self.by_definition:
+            if self.by_definition and bool((fallen[index] != 0).any()):
                 self._define(rows, index, to, found, out)
             elif isinstance(rows.teacher, TopKSignal) and rows.teacher.token_ids.shape[-1] < rows.student.logits.shape[-1]:
-                values.append(self._learn_top_k(rows, rows.teacher, index, on[index], label, to, out))
+                found.divergence[index] = self._learn_top_k(rows, rows.teacher, index, on[index], label, to, out)
             else:
-                values.append(self._learn_dense(rows, index, on[index], label, to, out))
-        if values:
-            found.divergence[first] = torch.cat(values)
+                found.divergence[index] = self._learn_dense(rows, index, on[index], label, to, out)
         if out is None or packed:
             return found, first
         for start in range(0, len(second), self.tile):
