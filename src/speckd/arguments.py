@@ -1,13 +1,16 @@
 """The settings of a training run: TRL's names, the method's, and the teacher's, in one flat dataclass."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from trl import SFTConfig
 
 from speckd.config import MethodConfig, Options
+from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
 from speckd.teachers.placement import existing_device
 
@@ -54,8 +57,12 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         default=1e-3,
         metadata={"help": "refuse a teacher that puts more probability than this on tokens that the student does not have"},
     )
+    loss_memory_budget: str = field(
+        default="256MiB",
+        metadata={"help": "memory for logits, such as 512MiB: so many tokens of student and teacher are held at once"},
+    )
     loss_chunk_size: int | None = field(
-        default=None, metadata={"help": "tokens whose logits are held at once; changes no result"}
+        default=None, metadata={"help": "the tokens themselves, instead of loss_memory_budget; changes no result"}
     )
     gate_seed: int | None = field(default=None, metadata={"help": "seed of the gate's draws; by default, seed"})
     starvation_threshold: float = field(default=0.1, metadata={"help": "warn when the acceptance rate stays below this"})
@@ -101,6 +108,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             raise ConfigError(
                 f"loss_chunk_size is {self.loss_chunk_size}", "Give a number of tokens of at least 1, or leave it out"
             )
+        self.loss_memory_bytes  # noqa: B018  (refused now, not after the models are loaded)
         if not 0 <= self.scrambled_teacher_fraction <= 1:
             raise ConfigError(
                 f"scrambled_teacher_fraction is {self.scrambled_teacher_fraction}", "Give a share between 0 and 1"
@@ -113,6 +121,34 @@ class SpecKDConfig(MethodConfig, SFTConfig):
                 raise ConfigError(
                     "teacher_device and a device_map in teacher_model_init_kwargs both place the teacher", "Remove one of them"
                 )
+
+    @property
+    def loss_memory_bytes(self) -> int:
+        """What `loss_memory_budget` says, in bytes."""
+        try:
+            return convert_file_size_to_int(self.loss_memory_budget)
+        except (ValueError, OverflowError):
+            raise ConfigError(
+                f"loss_memory_budget is '{self.loss_memory_budget}'", "Give a number with a unit, such as 256MiB or 1GiB"
+            ) from None
+
+    def chunk_size(self, vocabulary: int) -> int:
+        """Tokens whose logits the loss holds at once: as given, or as many as the budget holds, up to what speed asks for.
+
+        Raises:
+            ConfigError: the budget does not hold the fewest that are computed at once.
+        """
+        if self.loss_chunk_size is not None:
+            return self.loss_chunk_size
+        fewest = default_chunk_size(vocabulary, self.device.type, budget_bytes=0)
+        least = 8 * fewest * vocabulary  # in float32, the student's and the teacher's
+        if self.loss_memory_bytes < least:
+            raise ConfigError(
+                f"loss_memory_budget: {self.loss_memory_budget} do not hold the logits of {fewest} tokens, each of "
+                f"{vocabulary:,} numbers from student and teacher",
+                f"Give at least {math.ceil(least / 2**20)}MiB, or set loss_chunk_size",
+            )
+        return default_chunk_size(vocabulary, self.device.type, self.loss_memory_bytes)
 
     @property
     def effective_gate_seed(self) -> int:

@@ -1,11 +1,13 @@
 """Data from a file, a folder or the hub, in TRL's shapes, checked row by row before anything heavy is loaded."""
 
+import heapq
 import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
 
 from speckd.errors import DataError
 from speckd.settings import RunArguments
@@ -13,6 +15,8 @@ from speckd.settings import RunArguments
 SHAPES = "prompt and completion; messages; text"
 _SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev", "eval", "test")}
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+#: Rows that may be the longest in tokens: those with most characters.
+_CANDIDATES = 16
 
 
 def load_data(run: RunArguments, text_field: str) -> tuple[Dataset, Dataset | None]:
@@ -222,6 +226,24 @@ def _are_messages(value: Any) -> bool:
 def is_conversational(data: Dataset) -> bool:
     """Are its rows messages, which only a chat template turns into text?"""
     return "messages" in data.column_names or ("prompt" in data.column_names and isinstance(data[0]["prompt"], list))
+
+
+def longest_row_of(data: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str) -> int:
+    """Tokens of the longest row, about: those with most characters are cut into tokens, and no chat template is applied."""
+    if "input_ids" in data.column_names:
+        return max(map(len, data["input_ids"]))
+    texts = heapq.nlargest(_CANDIDATES, (_text_of(row, text_field) for row in data), key=len)
+    return 1 + max(len(tokenizer.encode(text)) for text in texts)  # the end token
+
+
+def _text_of(row: dict[str, Any], text_field: str) -> str:
+    said = [row[column] for column in ("prompt", "completion", "messages", text_field) if row.get(column)]
+    return "".join(part if isinstance(part, str) else "".join(map(_turn, part)) for part in said)
+
+
+def _turn(message: dict[str, Any]) -> str:
+    """With its role on a line of its own, which takes about as many tokens as a template's marks."""
+    return f"\n{message['role']}\n{message.get('content') or ''}\n"
 
 
 def _brief(value: Any) -> str:

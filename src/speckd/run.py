@@ -14,7 +14,7 @@ import yaml
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 from speckd.checks import (
     check_models_exist,
@@ -27,8 +27,9 @@ from speckd.checks import (
 )
 from speckd.data import is_conversational, load_data
 from speckd.errors import ConfigError
+from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
-from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings
+from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings, student_options
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log
 from speckd.trl_internals import finish_from_checkpoint
@@ -81,7 +82,9 @@ def prepared_trainer(settings: Settings, output: Path) -> SpecKDTrainer:
     check_shapes(settings, train_data, held_out)
     tokenizers = load_tokenizers(settings, is_conversational(train_data))
     _announce(settings, len(train_data), 0 if held_out is None else len(held_out))
-    trainer = _trainer(settings, output, train_data, held_out, tokenizers)
+    adapter = _adapter(settings.model)
+    foresee_memory(settings, adapter, (train_data, held_out), tokenizers)
+    trainer = _trainer(settings, output, train_data, held_out, tokenizers, adapter)
     _describe(trainer)
     return trainer
 
@@ -103,10 +106,14 @@ def say_things_once(settings: Settings) -> None:
 
 
 def _trainer(
-    settings: Settings, output: Path, train_data: Dataset, held_out: Dataset | None, tokenizers: tuple[Any, Any]
+    settings: Settings,
+    output: Path,
+    train_data: Dataset,
+    held_out: Dataset | None,
+    tokenizers: tuple[Any, Any],
+    adapter: Any,
 ) -> SpecKDTrainer:
     """Loads both models and prepares the data; refused, it leaves no folder behind."""
-    adapter = _adapter(settings.model)
     student_name, teacher_name = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
     student = loaded("model_name_or_path", str(student_name), lambda: _student(settings))
     teacher = None
@@ -211,18 +218,11 @@ def _describe(trainer: SpecKDTrainer) -> None:
 
 
 def _student(settings: Settings) -> Any:
-    model, name = settings.model, settings.model.model_name_or_path
+    name = settings.model.model_name_or_path
     assert name is not None
-    options = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        "quantization_config": get_quantization_config(model),
-        "trust_remote_code": settings.training.trust_remote_code,
-    }
     # An adapter remembers its base model by this name: absolute, it is found from any folder.
     name = os.path.abspath(name) if os.path.isdir(name) else name
-    return AutoModelForCausalLM.from_pretrained(name, **{**options, **(settings.training.model_init_kwargs or {})})
+    return AutoModelForCausalLM.from_pretrained(name, **student_options(settings))
 
 
 def _start(trainer: SpecKDTrainer, output: Path, resumed: bool) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
-from trl import ModelConfig
+from trl import ModelConfig, get_quantization_config
 
 from speckd.arguments import SpecKDConfig
 from speckd.config import nearest
@@ -62,6 +62,19 @@ class Settings:
     given: dict[str, Any]
     recipe: str | None
     given_by_user: frozenset[str] = frozenset()
+
+
+def student_options(settings: Settings) -> dict[str, Any]:
+    """For the student's `from_pretrained`."""
+    model = settings.model
+    options = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        "quantization_config": get_quantization_config(model),
+        "trust_remote_code": settings.training.trust_remote_code,
+    }
+    return {**options, **(settings.training.model_init_kwargs or {})}
 
 
 def recipe_names() -> list[str]:

@@ -52,10 +52,15 @@ _NOT_FOR_THE_MODEL = {"labels", SAMPLE, EXAMPLE}
 
 
 def load_teacher(name: str, args: SpecKDConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The teacher by path or hub id; bfloat16 with `bf16`, else `dtype`, unless `teacher_model_init_kwargs` says otherwise."""
+    """The teacher by path or hub id, with `teacher_options`."""
+    return AutoModelForCausalLM.from_pretrained(name, **teacher_options(args, dtype))
+
+
+def teacher_options(args: SpecKDConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """For `from_pretrained`: bfloat16 with `bf16`, else `dtype`, unless `teacher_model_init_kwargs` says otherwise."""
     defaults = {"dtype": torch.bfloat16 if args.bf16 else dtype, "trust_remote_code": args.trust_remote_code}
-    settings = {**defaults, "revision": args.teacher_model_revision or "main", **(args.teacher_model_init_kwargs or {})}  # type: ignore[dict-item]
-    return AutoModelForCausalLM.from_pretrained(name, **settings)
+    given = args.teacher_model_init_kwargs or {}
+    return {**defaults, "revision": args.teacher_model_revision or "main", **given}  # type: ignore[dict-item]
 
 
 def load_teacher_tokenizer(name: str, args: SpecKDConfig) -> Any:
@@ -136,6 +141,7 @@ class SpecKDTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             logger.warning("The student is a mixture of experts: its router's auxiliary loss is not part of the objective.")
         self._set_up_teacher(teacher_model, teacher_processing_class)
+        self._chunk_size = args.chunk_size(self._training_vocabulary.size)
         self._check_models()
         self._check_data()
         self._sharing = self._prompt_sharing()
@@ -334,9 +340,7 @@ class SpecKDTrainer(SFTTrainer):
             with span(HEAD_AND_LOSS):
                 head = self._training_vocabulary.restrict(LMHead.from_model(student))
                 teacher = self._teacher_rows(launched, inputs)  # after the student's forward: two devices work at the same time
-                seen["output"] = distillation_loss(
-                    self.objective, hidden.flatten(0, 1), head, teacher, rows, self.args.loss_chunk_size
-                )
+                seen["output"] = distillation_loss(self.objective, hidden.flatten(0, 1), head, teacher, rows, self._chunk_size)
             return {"loss": seen["output"].sum}
 
         with self.accelerator.autocast():
@@ -499,7 +503,7 @@ class SpecKDTrainer(SFTTrainer):
             measure(sums, hidden, self.vocabulary.restrict(head), teacher, held_out)
             needed, axis = (teacher if self.objective.needs_teacher else None), self._training_vocabulary
             rows = self._rows(inputs, axis)
-            output = distillation_loss(self.objective, hidden, axis.restrict(head), needed, rows, self.args.loss_chunk_size)
+            output = distillation_loss(self.objective, hidden, axis.restrict(head), needed, rows, self._chunk_size)
         return torch.stack([output.sum, output.count]).double().cpu()
 
 
