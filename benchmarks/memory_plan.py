@@ -4,7 +4,7 @@
 
 Each case is `speckd train` itself for three steps, in a process of its own, twice: with a malloc that gives back all that is
 freed, which shows what is in use, and as it is. On a CPU the measure is the highest resident memory after the plan was said,
-less what was resident then (Linux only); on a GPU, the most that PyTorch allocated. Models are made once and kept in the folder.
+less what was resident then (Linux only); on a GPU, the most that PyTorch allocated. Models are made once and kept.
 """
 
 import argparse
@@ -219,10 +219,8 @@ def main() -> None:
     in_use = [both["exact"]["in_use"] / both["exact"]["taken"] for both in results.values()]
     whole = [both["usual"]["planned"] / both["usual"]["taken"] for both in results.values()]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(
-        f"\n{len(results)} cases, {device}, torch {torch.__version__}: planned / taken {min(in_use):.2f} to {max(in_use):.2f} in "
-    )
-    print(f"use, and {min(whole):.2f} to {max(whole):.2f} with what the allocator keeps.")
+    print(f"\n{len(results)} cases, {device}, torch {torch.__version__}. Planned / taken: {min(in_use):.2f} to ", end="")
+    print(f"{max(in_use):.2f} of what is in use, {min(whole):.2f} to {max(whole):.2f} with what the allocator keeps.")
 
 
 if __name__ == "__main__":

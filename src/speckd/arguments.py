@@ -108,7 +108,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             raise ConfigError(
                 f"loss_chunk_size is {self.loss_chunk_size}", "Give a number of tokens of at least 1, or leave it out"
             )
-        self.loss_memory_bytes  # noqa: B018  (refused now, not after the models are loaded)
+        _bytes("loss_memory_budget", self.loss_memory_budget)
         if not 0 <= self.scrambled_teacher_fraction <= 1:
             raise ConfigError(
                 f"scrambled_teacher_fraction is {self.scrambled_teacher_fraction}", "Give a share between 0 and 1"
@@ -122,16 +122,6 @@ class SpecKDConfig(MethodConfig, SFTConfig):
                     "teacher_device and a device_map in teacher_model_init_kwargs both place the teacher", "Remove one of them"
                 )
 
-    @property
-    def loss_memory_bytes(self) -> int:
-        """What `loss_memory_budget` says, in bytes."""
-        try:
-            return convert_file_size_to_int(self.loss_memory_budget)
-        except (ValueError, OverflowError):
-            raise ConfigError(
-                f"loss_memory_budget is '{self.loss_memory_budget}'", "Give a number with a unit, such as 256MiB or 1GiB"
-            ) from None
-
     def chunk_size(self, vocabulary: int) -> int:
         """Tokens whose logits the loss holds at once: as given, or as many as the budget holds, up to what speed asks for.
 
@@ -140,19 +130,27 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         """
         if self.loss_chunk_size is not None:
             return self.loss_chunk_size
+        budget = _bytes("loss_memory_budget", self.loss_memory_budget)
         fewest = default_chunk_size(vocabulary, self.device.type, budget_bytes=0)
         least = 8 * fewest * vocabulary  # in float32, the student's and the teacher's
-        if self.loss_memory_bytes < least:
+        if budget < least:
             raise ConfigError(
-                f"loss_memory_budget: {self.loss_memory_budget} do not hold the logits of {fewest} tokens, each of "
-                f"{vocabulary:,} numbers from student and teacher",
+                f"loss_memory_budget: {self.loss_memory_budget} cannot hold the logits of {fewest} tokens over a vocabulary of "
+                f"{vocabulary:,}, and fewer are not computed at once",
                 f"Give at least {math.ceil(least / 2**20)}MiB, or set loss_chunk_size",
             )
-        return default_chunk_size(vocabulary, self.device.type, self.loss_memory_bytes)
+        return default_chunk_size(vocabulary, self.device.type, budget)
 
     @property
     def effective_gate_seed(self) -> int:
         return self.seed if self.gate_seed is None else self.gate_seed
+
+
+def _bytes(key: str, text: str) -> int:
+    try:
+        return convert_file_size_to_int(str(text))
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{key} is '{text}'", "Give a number with a unit, such as 256MiB or 1GiB") from None
 
 
 def _json(key: str, text: str) -> Any:

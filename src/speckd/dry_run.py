@@ -59,11 +59,10 @@ class BatchShape:
 class RunShape:
     """What decides the memory of a run.
 
-    `teacher`: None where there is none, or where it lies on devices of its own; `chunk`: tokens whose logits are held at once;
-    `vocabulary`: tokens that both models share; `distils`: does the loss ask the teacher; `adapter`: PEFT's settings, or None;
-    `evaluation`: a held-out batch, or None;
-    `autocast`: of the student's forward, None for the weights' own precision;
-    `checkpointing`: the options of gradient checkpointing, None where it is off; `distributed`: DDP wraps the student.
+    `teacher`: None where there is none; `teacher_elsewhere`: has it devices of its own; `chunk`: tokens whose logits stand
+    at once; `vocabulary`: tokens that both models share; `distils`: does the loss ask the teacher; `adapter`: PEFT's settings;
+    `evaluation`: a held-out batch, or None; `autocast`: of the student's forward, None for the weights' own precision;
+    `checkpointing`: the options of gradient checkpointing, None where it is off; `distributed`: does DDP wrap the student.
     """
 
     student: ModelShape
@@ -73,6 +72,7 @@ class RunShape:
     chunk: int
     vocabulary: int
     distils: bool = True
+    teacher_elsewhere: bool = False
     adapter: PeftConfig | None = None
     evaluation: BatchShape | None = None
     autocast: torch.dtype | None = None
@@ -91,24 +91,17 @@ def step_facts(run: RunShape) -> StepFacts:
     student, teacher = _student(run), None if run.teacher is None else _built(run.teacher).eval().requires_grad_(False)
     with _quiet(), FakeTensorMode(), torch.device(run.device), torch.autograd.set_multithreading_enabled(False):
         student, teacher = _placed(student), None if teacher is None else _placed(teacher)
-        answers = Forward() if teacher is None else _forward(teacher, run.batch)
-        held_out = None
-        if run.evaluation is not None:
-            theirs = Forward() if teacher is None else _forward(teacher, run.evaluation)
-            chunk = default_chunk_size(run.vocabulary)
-            own = _forward(student.eval(), run.evaluation, run.autocast)
-            held_out = Evaluation(own, theirs, run.evaluation.rows * run.evaluation.tokens, chunk)
+        answers, held_out = _answers(teacher, run.batch, run.teacher_elsewhere), _held_out(student.eval(), teacher, run)
         forward, backward = _step(student.train(), run)
-        head = LMHead.from_model(student)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         gradients, name = _bytes(trained), run.optimizer
         return StepFacts(
             student=_bytes([*student.parameters(), *student.buffers()]),
-            teacher=0 if teacher is None else _bytes([*teacher.parameters(), *teacher.buffers()]),
+            teacher=_weights_here(teacher, run.teacher_elsewhere),
             gradients=gradients,
             optimizer=optimizer_bytes(name, sum(parameter.numel() for parameter in trained), gradients),
             update=update_bytes(name, gradients, max(map(_size, trained), default=0), run.device.type),
-            head=_head(student, head, run.vocabulary),
+            head=_head(student, run.vocabulary),
             tokens=run.batch.rows * run.batch.tokens,
             chunk=run.chunk,
             student_forward=forward,
@@ -117,7 +110,6 @@ def step_facts(run: RunShape) -> StepFacts:
             distils=run.distils,
             buckets=gradients if run.distributed else 0,
             accumulates=run.accumulates,
-            widened_heads=_widened(run.device, [head] if teacher is None else [head, LMHead.from_model(teacher)]),
             evaluation=held_out,
             recomputes=run.checkpointing is not None,
             process=PROCESS_BYTES,
@@ -158,31 +150,47 @@ def _student(run: RunShape) -> Any:
 
 def _placed(model: Any) -> Any:
     """The model with fake tensors, on the device at hand, for its meta tensors; one for each, however many names it has."""
-    known: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known:
-            placed = torch.empty(tensor.shape, dtype=tensor.dtype)
+    places = [
+        (module, name, tensor)
+        for module in model.modules()
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    ]
+    fakes: dict[int, Tensor] = {}
+    for module, name, tensor in places:
+        if id(tensor) not in fakes:
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype)
             is_parameter = isinstance(tensor, torch.nn.Parameter)
-            known[id(tensor)] = torch.nn.Parameter(placed, tensor.requires_grad) if is_parameter else placed
-        return known[id(tensor)]
-
-    for module in model.modules():
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in own:
-            setattr(module, name, fake(tensor))
+            fakes[id(tensor)] = torch.nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+        setattr(module, name, fakes[id(tensor)])
     return model
 
 
-def _head(student: Any, head: LMHead, vocabulary: int) -> Head:
-    rows, width = head.weight.shape
-    tied = student.get_input_embeddings().weight is head.weight
-    return Head(rows, width, min(rows, vocabulary), head.weight.requires_grad, tied, head.weight.element_size())
+def _head(student: Any, vocabulary: int) -> Head:
+    weight = LMHead.from_model(student).weight
+    rows, width = weight.shape
+    tied = student.get_input_embeddings().weight is weight
+    return Head(rows, width, min(rows, vocabulary), weight.requires_grad, tied, weight.element_size())
 
 
-def _widened(device: torch.device, heads: Iterable[LMHead]) -> int:
-    """On a CPU, products in less than float32 are rounded: narrower heads are copied while the loss runs."""
-    return sum(4 * head.weight.numel() for head in heads if device.type == "cpu" and head.weight.element_size() < 4)
+def _held_out(student: Any, teacher: Any | None, run: RunShape) -> Evaluation | None:
+    if run.evaluation is None:
+        return None
+    answers = _answers(teacher, run.evaluation, run.teacher_elsewhere)
+    tokens, chunk = run.evaluation.rows * run.evaluation.tokens, default_chunk_size(run.vocabulary)
+    return Evaluation(_forward(student, run.evaluation, run.autocast), answers, tokens, chunk)
+
+
+def _answers(teacher: Any | None, batch: BatchShape, elsewhere: bool) -> Forward:
+    """The teacher's forward; of one on a device of its own, only the hidden states come to the student's."""
+    there = Forward() if teacher is None else _forward(teacher, batch)
+    return Forward(there.kept, there.kept) if elsewhere else there
+
+
+def _weights_here(teacher: Any | None, elsewhere: bool) -> int:
+    """Of a teacher on a device of its own, only a copy of the head is on the student's."""
+    if teacher is None:
+        return 0
+    return _bytes([LMHead.from_model(teacher).weight] if elsewhere else [*teacher.parameters(), *teacher.buffers()])
 
 
 def _size(tensor: Tensor) -> int:
@@ -204,7 +212,7 @@ def _autocast(device_type: str, dtype: torch.dtype | None) -> Any:
 @torch.no_grad()
 def _forward(model: Any, batch: BatchShape, autocast: torch.dtype | None = None) -> Forward:
     inputs = batch.inputs()
-    with _LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()]) as live:
+    with LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()]) as live:
         with _autocast(model.device.type, autocast):
             hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
         return Forward(live.peak, _size(hidden))
@@ -213,7 +221,7 @@ def _forward(model: Any, batch: BatchShape, autocast: torch.dtype | None = None)
 def _step(student: Any, run: RunShape) -> tuple[Forward, Backward]:
     """The head is left out: its products and gradients are the engine's, which goes chunk by chunk."""
     inputs = run.batch.inputs()
-    live = _LiveBytes([*student.parameters(), *student.buffers(), *inputs.values()])
+    live = LiveBytes([*student.parameters(), *student.buffers(), *inputs.values()])
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(live.is_gradient) for parameter in trained]
     with live:
@@ -227,7 +235,7 @@ def _step(student: Any, run: RunShape) -> tuple[Forward, Backward]:
     return forward, Backward(live.peak, live.gradients_at_peak, live.peak_apart)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes that operations have allocated and not yet freed, and how much of that is parameters' gradients."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:

@@ -105,6 +105,11 @@ class Head:
         return self.trained * self.rows * self.width * self.number_bytes
 
     @property
+    def widened(self) -> int:
+        """Bytes of a copy in float32; none of a head that is in float32."""
+        return self.vocabulary * self.width * _FLOAT32 * (self.number_bytes < _FLOAT32)
+
+    @property
     def copied(self) -> int:
         """Bytes that the first becomes the second in: none where they are the same."""
         return 0 if self.rows == self.vocabulary and self.number_bytes == _FLOAT32 else self.gradient
@@ -133,12 +138,12 @@ class Holes:
 class StepFacts:
     """What is known of a run before its models are loaded; bytes where nothing else is said.
 
-    `student`, `teacher`: weights and buffers on the device that trains; `gradients`: of all trained parameters;
-    `buckets`: DDP's copy of them; `optimizer`, `update`: by `optimizer_bytes` and `update_bytes`;
+    `student`, `teacher`: weights and buffers on the device that trains (of a teacher elsewhere, its head); `gradients`: of all
+    trained parameters; `buckets`: DDP's copy of them; `optimizer`, `update`: by `optimizer_bytes` and `update_bytes`;
     `accumulates`: are there several micro-batches a step; `tokens`: of a micro-batch;
     `chunk`: how many of them have their logits held at once; `distils`: do the teacher's logits stand beside the student's;
-    `widened_heads`: float32 copies of narrower heads while the loss runs; `evaluation`: None where nothing is held out;
-    `recomputes`: is gradient checkpointing on; `process`: what the program takes beside all that; `holes`: and its allocator.
+    `evaluation`: None where nothing is held out; `recomputes`: is gradient checkpointing on;
+    `process`: what the program takes beside all that; `holes`: and its allocator.
     """
 
     student: int
@@ -155,7 +160,6 @@ class StepFacts:
     distils: bool = True
     buckets: int = 0
     accumulates: bool = False
-    widened_heads: int = 0
     evaluation: Evaluation | None = None
     recomputes: bool = False
     process: int = 0
@@ -270,7 +274,7 @@ def measure_bytes(tokens: int, vocabulary: int) -> int:
 
 
 def _chunk_at_work(facts: StepFacts, tokens: int) -> int:
-    return chunk_bytes(min(facts.chunk, tokens), facts.head.vocabulary, facts.distils) + facts.widened_heads
+    return chunk_bytes(min(facts.chunk, tokens), facts.head.vocabulary, facts.distils)
 
 
 def _loss(facts: StepFacts) -> int:
@@ -293,7 +297,7 @@ def _backward(facts: StepFacts) -> Parts:
 
 
 def _evaluation(facts: StepFacts, seen: Evaluation) -> Parts:
-    measured = measure_bytes(min(seen.chunk, seen.tokens), facts.head.vocabulary) + facts.widened_heads
+    measured = measure_bytes(min(seen.chunk, seen.tokens), facts.head.vocabulary) + facts.head.widened
     measured = max(measured, _chunk_at_work(facts, seen.tokens))
     candidates = (
         Parts(teacher_at_work=seen.teacher.peak),

@@ -130,6 +130,8 @@ def _run_shape(
 ) -> RunShape:
     training = settings.training
     student = _model_shape(str(settings.model.model_name_or_path), student_options(settings))
+    if student_options(settings).get("device_map") is not None:
+        raise _NotForeseen("the student has a device_map")
     teacher, teacher_name = None, training.teacher_model_name_or_path
     if teacher_name is not None:
         teacher = _model_shape(teacher_name, teacher_options(training, student.options["dtype"]))
@@ -144,6 +146,7 @@ def _run_shape(
         chunk=training.chunk_size(vocabulary),
         vocabulary=vocabulary,
         distils=distils,
+        teacher_elsewhere=_elsewhere(settings),
         adapter=adapter,
         evaluation=None if data[1] is None else _batch(settings, data[1], tokenizer, training.per_device_eval_batch_size),
         autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
@@ -155,9 +158,8 @@ def _run_shape(
 
 
 def _model_shape(name: str, options: dict[str, Any]) -> ModelShape:
-    for key in ("quantization_config", "device_map"):
-        if options.get(key) is not None:
-            raise _NotForeseen(f"{key} of {name}")
+    if options.get("quantization_config") is not None:
+        raise _NotForeseen(f"{name} is quantised")
     source = {"revision": options.get("revision"), "trust_remote_code": options.get("trust_remote_code", False)}
     config = AutoConfig.from_pretrained(name, **source)
     dtype = options.get("dtype", "auto")
@@ -169,6 +171,15 @@ def _model_shape(name: str, options: dict[str, Any]) -> ModelShape:
     if options.get("attn_implementation") is not None:
         built["attn_implementation"] = options["attn_implementation"]
     return ModelShape(config, built)
+
+
+def _elsewhere(settings: Settings) -> bool:
+    """Has the teacher devices of its own?"""
+    training = settings.training
+    if training.teacher_device is None:
+        return "device_map" in (training.teacher_model_init_kwargs or {})
+    theirs, own = torch.device(training.teacher_device), training.device
+    return theirs.type != own.type or theirs.index not in (None, own.index)
 
 
 def _vocabulary(shape: ModelShape) -> int:
