@@ -198,11 +198,11 @@ class RowPass:
         if out is None:
             return value
         slope = slope * on[:, None]
+        slope = slope_against_tail(slope, inside, tail)
         total = slope.sum(-1, keepdim=True)
         if label is not None:
             total += label[index][:, None]
-        shared = torch.where(tail > 0, slope[:, -1:] / tail, 0)
-        gradient = outside.mul_(shared - total).scatter_(-1, ids, slope[:, :-1] - inside * total)
+        gradient = outside.mul_(-total).scatter_(-1, ids, slope - inside * total)
         if label is not None:
             gradient.scatter_add_(1, rows.labels[index][:, None], label[index][:, None])
         out[to] = gradient if cap is None else gradient.mul_(cap)
@@ -277,6 +277,14 @@ def _normalised(logits: Tensor, maximum: Tensor, temperature: float) -> tuple[Te
         logits.div_(temperature)
     probs = tiles.softmax(logits)
     return probs, logits.sub_(maximum).add_(probs.amax(-1, keepdim=True).log())
+
+
+def slope_against_tail(slope: Tensor, inside: Tensor, tail: Tensor) -> Tensor:
+    """[n, K], what the slopes on a top-K are above the tail's, in proportion to q; `slope`: [n, K + 1], the tail's last.
+
+    A multiple of q changes no gradient for logits; without the tail's, a tail that holds nearly everything does not cancel.
+    """
+    return slope[:, :-1] - inside * torch.where(tail > 0, slope[:, -1:] / tail, 0)
 
 
 def divergence_slope(divergence: Divergence, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

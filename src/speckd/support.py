@@ -43,7 +43,8 @@ def teacher_support(teacher: TopKSignal, vocabulary_size: int, temperature: floa
             "its tail at that temperature is unknown",
             "Use divergence_temperature 1, or a teacher that gives the whole vocabulary",
         )
-    return torch.cat([teacher.log_probs, log1mexp(torch.logsumexp(teacher.log_probs, dim=-1, keepdim=True))], -1)
+    tail = log1mexp(torch.logsumexp(teacher.log_probs.double(), dim=-1, keepdim=True))  # 1 − Σ loses digits: in float64
+    return torch.cat([teacher.log_probs, tail.to(teacher.log_probs.dtype)], -1)
 
 
 def _with_tail(student: Tensor, teacher: TopKSignal) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from speckd.divergences import HasEntries
 from speckd.kernels import programs
 from speckd.kernels.statistics import MeasuredSignal
-from speckd.row_pass import JudgedRows, RowPass, RowResults, as_dense, divergence_slope, token_weights
+from speckd.row_pass import JudgedRows, RowPass, RowResults, as_dense, divergence_slope, slope_against_tail, token_weights
 from speckd.support import teacher_support
 from speckd.types import DenseSignal, TopKSignal
 
@@ -128,12 +128,12 @@ class _Chunk:
         value, slope = divergence_slope(divergence, log_q, log_p, q, log_p.exp())
         if not self.wanted:
             return value
-        slope = slope * on
+        slope = slope_against_tail(slope * on, q[:, :-1], tail)
         total = slope.sum(-1, keepdim=True)
         if self.label is not None:
             total += self.label[places]
-        self._scale(index, torch.where(tail > 0, slope[:, -1:] / tail, 0) - total)
-        self.logits[places, ids] = self._before_cap(slope[:, :-1] - q[:, :-1] * total, inside)
+        self._scale(index, -total)
+        self.logits[places, ids] = self._before_cap(slope - q[:, :-1] * total, inside)
         if self.label is not None:
             self.logits[index, self.rows.labels[index]] += self._before_cap(self.label[index], label_logits)
         return value
