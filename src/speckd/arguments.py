@@ -57,6 +57,10 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         default=1e-3,
         metadata={"help": "refuse a teacher that puts more probability than this on tokens that the student does not have"},
     )
+    early_rejection: bool = field(
+        default=True,
+        metadata={"help": "prove rejections without the teacher's projection, where that pays; changes no verdict"},
+    )
     loss_memory_budget: str = field(
         default="256MiB",
         metadata={"help": "memory for logits, such as 512MiB: so many tokens of student and teacher are held at once"},

@@ -38,7 +38,14 @@ _FREE_ON_RESUME = {
         "recipe",
     ),
     *("disable_tqdm", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy"),
-    *("loss_memory_budget", "loss_chunk_size", "per_device_eval_batch_size", "teacher_device", "share_teacher_prompt"),
+    *(
+        "loss_memory_budget",
+        "loss_chunk_size",
+        "early_rejection",
+        "per_device_eval_batch_size",
+        "teacher_device",
+        "share_teacher_prompt",
+    ),
 }
 
 

@@ -46,7 +46,7 @@ DEFAULT_EARLY_REJECTION = EarlyRejection()
 #: Rows from which the products are no faster for being larger.
 _ENOUGH_ROWS = {"cpu": 320, "cuda": 4096}
 #: What a few rows' logits may take to stay in a core's cache.
-_TILE_BYTES = 3 * 2**19
+_TILE_BYTES = 2**20
 #: A tile takes up to nine times its size; this keeps it to a tenth of a chunk.
 _TILES_OF_A_CHUNK = 80
 

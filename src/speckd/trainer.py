@@ -31,6 +31,7 @@ from speckd.collation import (
     spread_sample_ids,
 )
 from speckd.compatibility import SharedVocabulary, shared_vocabulary
+from speckd.early_rejection import EarlyRejection
 from speckd.engine import LossOutput, distillation_loss
 from speckd.errors import CapabilityError, ConfigError, DataError, NonFiniteError, VocabularyError
 from speckd.evaluate import HeldOutSums, measure
@@ -141,7 +142,8 @@ class SpecKDTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             logger.warning("The student is a mixture of experts: its router's auxiliary loss is not part of the objective.")
         self._set_up_teacher(teacher_model, teacher_processing_class)
-        self._chunk_size = args.chunk_size(self._training_vocabulary.size)
+        # How the loss is computed, whatever it is: tokens at once, and whether rejections are proved early.
+        self._how = args.chunk_size(self._training_vocabulary.size), EarlyRejection() if args.early_rejection else None
         self._check_models()
         self._check_data()
         self._sharing = self._prompt_sharing()
@@ -340,7 +342,7 @@ class SpecKDTrainer(SFTTrainer):
             with span(HEAD_AND_LOSS):
                 head = self._training_vocabulary.restrict(LMHead.from_model(student))
                 teacher = self._teacher_rows(launched, inputs)  # after the student's forward: two devices work at the same time
-                seen["output"] = distillation_loss(self.objective, hidden.flatten(0, 1), head, teacher, rows, self._chunk_size)
+                seen["output"] = distillation_loss(self.objective, hidden.flatten(0, 1), head, teacher, rows, *self._how)
             return {"loss": seen["output"].sum}
 
         with self.accelerator.autocast():
@@ -503,7 +505,7 @@ class SpecKDTrainer(SFTTrainer):
             measure(sums, hidden, self.vocabulary.restrict(head), teacher, held_out)
             needed, axis = (teacher if self.objective.needs_teacher else None), self._training_vocabulary
             rows = self._rows(inputs, axis)
-            output = distillation_loss(self.objective, hidden, axis.restrict(head), needed, rows, self._chunk_size)
+            output = distillation_loss(self.objective, hidden, axis.restrict(head), needed, rows, *self._how)
         return torch.stack([output.sum, output.count]).double().cpu()
 
 
