@@ -32,7 +32,8 @@ def test_names_are_frozen() -> None:
         "gate gate_options rejected rejected_options divergence divergence_options divergence_temperature normalizer "
         "label_loss_weight teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs "
         "teacher_device share_teacher_prompt "
-        "scrambled_teacher_fraction max_dropped_mass loss_chunk_size gate_seed starvation_threshold starvation_patience".split()
+        "scrambled_teacher_fraction max_dropped_mass loss_memory_budget loss_chunk_size gate_seed "
+        "starvation_threshold starvation_patience".split()
     )
     assert {f.name for f in dataclasses.fields(RunArguments)} == set(
         "dataset_name dataset_config dataset_train_split dataset_test_split dataset_prompt_column dataset_completion_column "
