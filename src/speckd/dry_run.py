@@ -92,7 +92,7 @@ def step_facts(run: RunShape) -> StepFacts:
     with _quiet(), FakeTensorMode(), torch.device(run.device), torch.autograd.set_multithreading_enabled(False):
         student, teacher = _placed(student), None if teacher is None else _placed(teacher)
         answers, held_out = _answers(teacher, run.batch, run.teacher_elsewhere), _held_out(student.eval(), teacher, run)
-        forward, backward = _step(student.train(), run)
+        forward, backward = student_step(student.train(), run)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         gradients, name = _bytes(trained), run.optimizer
         return StepFacts(
@@ -218,8 +218,8 @@ def _forward(model: Any, batch: BatchShape, autocast: torch.dtype | None = None)
         return Forward(live.peak, _size(hidden))
 
 
-def _step(student: Any, run: RunShape) -> tuple[Forward, Backward]:
-    """The head is left out: its products and gradients are the engine's, which goes chunk by chunk."""
+def student_step(student: Any, run: RunShape) -> tuple[Forward, Backward]:
+    """Forward and backward without the head, whose products and gradients are the engine's, which goes chunk by chunk."""
     inputs = run.batch.inputs()
     live = LiveBytes([*student.parameters(), *student.buffers(), *inputs.values()])
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from speckd.checks import reason_of
 from speckd.data import longest_row_of
 from speckd.dry_run import BatchShape, ModelShape, RunShape, step_facts
-from speckd.errors import SpeckdError
+from speckd.errors import ConfigError
 from speckd.memory_plan import GIB, MIB, MemoryPlan, Parts, plan
 from speckd.settings import Settings, student_options
 from speckd.trainer import teacher_options
@@ -97,7 +97,7 @@ def foresee_memory(
     try:
         run = _run_shape(settings, adapter, data, tokenizers[0])
         foreseen = Foreseen(plan(step_facts(run)), run, free_bytes(run.device))
-    except SpeckdError:
+    except ConfigError:
         raise
     except Exception as error:  # a model's own code may do what tensors without numbers cannot
         logger.info("Memory: not foreseen (%s).", reason_of(error))

@@ -309,6 +309,14 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
         lambda p: p.flags("--teacher_model_init_kwargs", '{"foo": 1}'),
         ["teacher_model_name_or_path", "'foo'"],
     ),
+    "budget without a unit": (
+        lambda p: p.flags("--loss_memory_budget", "256"),
+        ["loss_memory_budget is '256'", "a unit, such as 256MiB"],
+    ),
+    "budget for nothing": (
+        lambda p: p.flags("--loss_memory_budget", "1KiB"),
+        ["loss_memory_budget: 1KiB cannot hold the logits of 16 tokens", "Give at least 1MiB"],
+    ),
     "no device": (lambda p: p.flags("--teacher_device", "gpu1"), ["teacher_device: 'gpu1' is no device", "Here there is cpu"]),
     "device that is not here": (lambda p: p.flags("--teacher_device", "cuda:77"), ["teacher_device", "no device 'cuda:77'"]),
     "teacher placed twice": (
