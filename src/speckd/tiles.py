@@ -72,6 +72,7 @@ def rows_at_once(logits: Tensor) -> int:
 
 
 def row_slices(logits: Tensor) -> Iterator[slice]:
+    """Of [N, V]: so many rows after so many."""
     step = rows_at_once(logits)
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
