@@ -24,7 +24,7 @@ class EarlyRejection:
 
     Args:
         candidates: how many tokens are looked at in each row, beside the label: winners of the student's best tiles.
-        least_rate: share of rows that must be certified to go on; by default, where looking costs half of what it spares.
+        least_rate: share of rows that must be certified to go on; by default, from where looking costs less than it spares.
     """
 
     candidates: int = 16
@@ -34,7 +34,7 @@ class EarlyRejection:
         """The share of certified rows from which looking pays."""
         if self.least_rate is not None:
             return self.least_rate
-        return 2 * _COST_OF_A_TOKEN * (self.candidates + 1) / vocabulary_size + _COST_OF_A_ROW
+        return _COST_OF_A_TOKEN * (self.candidates + 1) / vocabulary_size + _COST_OF_A_ROW
 
     def possible(
         self,
@@ -75,5 +75,6 @@ class EarlyRejection:
         return OptimisticSignal(ids, logits, distinct, margin)
 
 
-#: Looking at one token of one row, against one logit of a projection; looking at a row at all, against projecting it.
-_COST_OF_A_TOKEN, _COST_OF_A_ROW = 8.0, 0.01
+#: Looking at one token of one row, against one logit of a projection; looking at a row at all, against projecting it. Measured on
+#: a CPU with a teacher 1,024 wide: a row costs 21 % of its projection at V = 8,000, 7 % at 32,000.
+_COST_OF_A_TOKEN, _COST_OF_A_ROW = 100.0, 0.01

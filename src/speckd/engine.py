@@ -278,7 +278,10 @@ class _Batch:
             return everything, len(index)
         labels, keys = self.rows.labels[index], self.rows.keys.rows(index)
         with span(EARLY_REJECTION):
-            possible = certify.possible(gate, student, teacher, self.rows.index[index], labels, keys) | _diagnosed(keys)
+            possible = certify.possible(gate, student, teacher, self.rows.index[index], labels, keys)
+            if float((~possible).double().mean()) < certify.worth_it(teacher.vocabulary_size):
+                self.early_rejection = None  # nor will it pay in this batch's other chunks
+            possible |= _diagnosed(keys)
             count = int(possible.sum())
             holes, movers = (~possible[:count]).nonzero()[:, 0], possible[count:].nonzero()[:, 0] + count
             kernels.swap_rows(student.logits, holes, movers)
