@@ -75,6 +75,6 @@ class EarlyRejection:
         return OptimisticSignal(ids, logits, distinct, margin)
 
 
-#: Looking at one token of one row, against one logit of a projection; looking at a row at all, against projecting it. Measured on
-#: a CPU with a teacher 1,024 wide: a row costs 21 % of its projection at V = 8,000, 7 % at 32,000.
+#: Looking at one token of one row, against one logit of a projection; looking at a row at all, against projecting it.
+#: Measured on a CPU with a teacher 1,024 wide: a row costs 21 % of its projection at V = 8,000, 7 % at 32,000.
 _COST_OF_A_TOKEN, _COST_OF_A_ROW = 100.0, 0.01
