@@ -67,7 +67,7 @@ class LossOutput:
 
 
 #: One token in so many has its teacher's entropy measured, whatever the gate says of it.
-DIAGNOSED = 16
+DIAGNOSED = 32
 
 
 def default_chunk_size(vocabulary_size: int, device_type: str = "cpu", budget_bytes: int = DEFAULT_CHUNK_BYTES) -> int:
@@ -331,7 +331,7 @@ class _Batch:
 
 
 def _diagnosed(keys: TokenKeys) -> Tensor:
-    """[n] bool: every sixteenth token of a sequence, from a start that differs between sequences."""
+    """[n] bool: one token in thirty-two of a sequence, from a start that differs between sequences."""
     return (7 * keys.sample + keys.position) % DIAGNOSED == 0
 
 

@@ -85,7 +85,7 @@ class LMHead:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         rows = max(1, _SLAB_BYTES // max(1, token_ids.shape[-1] * self.weight.shape[1] * self.weight.element_size()))
         parts = [
-            self.weight[ids].to(dtype).mul_(some.to(dtype)[:, None]).sum(-1)
+            self.weight.index_select(0, ids.flatten()).to(dtype).view(*ids.shape, -1).mul_(some.to(dtype)[:, None]).sum(-1)
             for some, ids in zip(hidden.split(rows), token_ids.split(rows), strict=True)
         ]
         logits = torch.cat(parts) if parts else hidden.new_zeros(token_ids.shape, dtype=dtype)

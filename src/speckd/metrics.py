@@ -44,7 +44,7 @@ class AcceptanceTally:
     tokens; for soft gates, the mean acceptance. `divergence`: nats per token over the tokens where it was computed (a masked
     token's is not), `_accepted` and `_rejected` weighted by acceptance and its complement. `loss_share/…`: what part of the
     summed loss came from accepted weight, from rejected weight (down-weighted or fallback), from `label_loss_weight`.
-    `tar_by_teacher_entropy/…`: over the tokens whose entropy the engine measured, every sixteenth.
+    `tar_by_teacher_entropy/…`: over the tokens whose entropy the engine measured, one in 32.
     """
 
     def __init__(self) -> None:
