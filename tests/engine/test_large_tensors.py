@@ -12,6 +12,11 @@ SHAPE, CPU = (3, 2**20), torch.device("cpu")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch.empty gives the memory")
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch) -> None:
+    monkeypatch.setattr(large, "_kept", [])
+
+
 def test_room_in_use_is_not_given_away_and_room_let_go_is() -> None:
     first = large.room(SHAPE, torch.float32, CPU).fill_(1)
     row = first[1]  # a view holds it, too
