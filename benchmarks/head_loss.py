@@ -160,7 +160,8 @@ def time_command(setting: Setting, args: argparse.Namespace) -> None:
     rows = [
         {"candidate": c.key, "loss": str(c.loss), "error": error, "floor": floor_of(c).key} for c, error in taking_part.values()
     ]
-    report(setting, args, f"time-{setting.slug}", text, {"seconds": seconds, "candidates": rows, "facts": problem.facts})
+    some = "" if args.families == default_families("time") else "-" + "-".join(f.replace(" ", "-") for f in args.families)
+    report(setting, args, f"time-{setting.slug}{some}", text, {"seconds": seconds, "candidates": rows, "facts": problem.facts})
 
 
 def time_table(
@@ -303,6 +304,10 @@ def report(setting: Setting, args: argparse.Namespace, table: str, text: str, re
     return path
 
 
+def default_families(command: str) -> list[str]:
+    return [family for family in FAMILIES if command == "memory" or family != REST]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -321,8 +326,7 @@ def parse() -> argparse.Namespace:
         command.add_argument("--chunk", type=int, help="rows of a chunk, ours and 'equal'; by default the engine's own")
         command.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
         if name in ("time", "memory"):
-            chosen = [f for f in FAMILIES if name == "memory" or f != REST]
-            command.add_argument("--families", nargs="+", choices=FAMILIES, default=chosen)
+            command.add_argument("--families", nargs="+", choices=FAMILIES, default=default_families(name))
         if name in ("time", "growth"):
             command.add_argument("--repeats", type=int, default=5)
         if name == "growth":

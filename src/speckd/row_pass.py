@@ -21,6 +21,8 @@ from speckd.policies import FallbackRows, RejectedPolicy
 from speckd.support import shared_support, teacher_support
 from speckd.types import DenseSignal, Divergence, Rows, TeacherSignal, TokenKeys, TopKSignal
 
+_TOP_K_TILES = 3
+
 
 @dataclass
 class RowResults:
@@ -110,8 +112,10 @@ class RowPass:
         first, second = taught.nonzero()[:, 0], labelled.nonzero()[:, 0]
         # Packing rows of one kind never overtakes what is still to be read; of two kinds it would, so each stays in its place.
         packed = not len(second)
-        for start in range(0, len(first), self.tile):
-            index = first[start : start + self.tile]
+        # On a truncated teacher's support little more than the student's probabilities is made of a row: take more at once.
+        step = _TOP_K_TILES * self.tile if isinstance(rows.teacher, TopKSignal) and not self.by_definition else self.tile
+        for start in range(0, len(first), step):
+            index = first[start : start + step]
             to = slice(start, start + len(index)) if packed else _span(index)
             if self.by_definition and bool((fallen[index] != 0).any()):
                 self._define(rows, index, to, found, out)
@@ -202,10 +206,14 @@ class RowPass:
         total = slope.sum(-1, keepdim=True)
         if label is not None:
             total += label[index][:, None]
-        gradient = outside.mul_(-total).scatter_(-1, ids, slope - inside * total)
+        gradient = out[to] if isinstance(to, slice) else torch.empty_like(outside)
+        torch.mul(outside, -total, out=gradient).scatter_(-1, ids, slope - inside * total)
         if label is not None:
             gradient.scatter_add_(1, rows.labels[index][:, None], label[index][:, None])
-        out[to] = gradient if cap is None else gradient.mul_(cap)
+        if cap is not None:
+            gradient.mul_(cap)
+        if not isinstance(to, slice):
+            out[to] = gradient
         return value
 
     def _learn_label(self, rows: JudgedRows, index: Tensor, label: Tensor | None, out: Tensor) -> None:
