@@ -127,8 +127,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Holes:
-    """What an allocator keeps and cannot use, as a share of what is in use; `in_recomputing`: in a backward pass that makes
-    activations anew among the gradients."""
+    """What an allocator keeps and cannot use, as a share of what is in use beside the loss; `in_recomputing`: in a backward
+    pass that makes activations anew among the gradients."""
 
     share: float = 0.0
     in_recomputing: float = 0.0
@@ -197,7 +197,8 @@ class Parts:
         return self.total - self.holes
 
     def with_holes(self, share: float) -> "Parts":
-        return replace(self, holes=int(share * self.in_use))
+        """The engine's room is the system's own, and leaves none."""
+        return replace(self, holes=int(share * (self.in_use - self.loss)))
 
 
 BACKWARD = "the backward pass"
