@@ -194,7 +194,9 @@ def time_table(
 def memory_of(setting: Setting, key: str) -> int:
     """Bytes, from a process of its own. Blocks above 1 MiB go back to the system when freed, so the peak is what is in use."""
     words = [sys.executable, __file__, "one_candidate", "--candidate", key, "--threads", str(setting.threads)]
-    words += [word for name, value in asdict(setting.shape).items() for word in (f"--{name}", str(value))]
+    shape = asdict(setting.shape)
+    words += ["--far"] if shape.pop("far") else []
+    words += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
     words += ["--device", str(setting.device)] + (["--chunk", str(setting.chunk)] if setting.chunk else [])
     environment = os.environ | {"OMP_NUM_THREADS": str(setting.threads), "MALLOC_MMAP_THRESHOLD_": str(MIB)}
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
