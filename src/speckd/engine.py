@@ -165,8 +165,12 @@ class _Batch:
         self.dtype = torch.promote_types(torch.promote_types(self.hidden.dtype, self.head.weight.dtype), torch.float32)
         self.entropy = torch.full((len(self.rows),), torch.nan, dtype=self.dtype, device=self.hidden.device)
         shape = (min(self.chunk_size, len(self.rows)), self.head.weight.shape[0])
+        # Where several chunks are needed, the student's space holds a few more rows: gradients that wait for the next ones.
+        self.most = self.chunk_size if len(self.rows) <= self.chunk_size else max(1, self.chunk_size - self.chunk_size // 16)
         self.student_space = room(shape, self.dtype, self.hidden.device)
-        self.teacher_space = room(shape, self.dtype, self.hidden.device) if self.objective.needs_teacher else None
+        self.teacher_space = None
+        if self.objective.needs_teacher:
+            self.teacher_space = room((min(shape[0], self.most), shape[1]), self.dtype, self.hidden.device)
         self.waiting: list[Tensor] = []  # which rows the gradients at the head of student_space belong to
         by_definition = wants_support(self.objective.rejected)
         closed = isinstance(self.objective.divergence, HasEntries) and not by_definition
@@ -180,7 +184,7 @@ class _Batch:
         orders, parts, start = [], [], 0
         while start < len(self.rows):
             held = sum(map(len, self.waiting))
-            left, free = len(self.rows) - start, self.chunk_size - held
+            left, free = len(self.rows) - start, min(self.most, self.chunk_size - held)
             count = -(-left // -(-left // free))  # as few chunks as there is room for, of equal size: small products are slow
             index = torch.arange(start, start + count, device=self.hidden.device)
             start = int(index[-1]) + 1
@@ -228,7 +232,7 @@ class _Batch:
         if not self.objective.needs_teacher or not isinstance(gate, BatchGate) or not len(self.rows):
             return None
         scores = []
-        for index in torch.arange(len(self.rows), device=self.hidden.device).split(self.chunk_size):
+        for index in torch.arange(len(self.rows), device=self.hidden.device).split(self.most):
             scores.append(gate.score(self._rows(self._student(index, 0), self._teacher(index), index)))
         return gate.select(torch.cat(scores), self.rows.keys)
 
