@@ -16,9 +16,9 @@ from speckd.memory_plan import (
     Head,
     Holes,
     StepFacts,
-    chunk_bytes,
     optimizer_bytes,
     plan,
+    tiles_bytes,
     update_bytes,
 )
 
@@ -96,7 +96,7 @@ def test_without_a_teacher_in_the_loss_there_is_one_buffer() -> None:
 
 def test_a_batch_smaller_than_the_chunk_needs_no_more_than_itself() -> None:
     assert plan(replace(FACTS, chunk=4_000)) == plan(FACTS)
-    assert chunk_bytes(10, 10, distils=True) == 2 * 400 + 9 * MIB
+    assert tiles_bytes(10, 10) == 9 * MIB, "a few tiles are always there"
 
 
 def test_buckets_are_a_second_copy_of_the_gradients_in_every_moment() -> None:
@@ -109,6 +109,39 @@ def test_held_out_batches_are_measured_without_gradients() -> None:
     found = plan(replace(FACTS, evaluation=seen)).moments["the evaluation"]
     assert found.gradients == 0 and found.activations == 1_000 and found.teacher_at_work == 2_000
     assert found.loss == max(8 * 256 * 20_000 * 4, 2 * 500 * 20_000 * 4 + 16 * 500 * 20_000 * 4 // 100)
+
+
+def test_room_that_stays_is_there_in_every_moment() -> None:
+    room = 2 * 80_000_000 + HIDDEN + HEADS
+    once, kept = totals(FACTS), totals(replace(FACTS, keeps_room=True))
+    assert kept["loss"] == once["loss"]
+    assert kept["forward"] == once["forward"] + room
+    # A tied head's gradient and the embedding's are added into a third tensor, in no room of the engine's.
+    assert kept["pass"] == ALWAYS + room + 9_000_000 + HEADS
+    assert kept["step"] == once["step"] + room
+
+
+def test_an_untied_heads_gradient_stays_in_the_engines_room_and_is_counted_once() -> None:
+    untied = replace(FACTS, head=replace(HEAD, tied=False))
+    once, kept = plan(untied).moments, plan(replace(untied, keeps_room=True)).moments
+    room = 2 * 80_000_000 + HIDDEN
+    for name in ("the backward pass", "the optimizer's step"):
+        assert kept[name].total == once[name].total + room
+    assert kept["the optimizer's step"].gradients == FACTS.gradients - HEADS
+
+
+def test_a_rounded_gradient_is_not_the_engines() -> None:
+    narrow = replace(FACTS, head=replace(HEAD, tied=False, number_bytes=2), keeps_room=True)
+    assert plan(narrow).moments["the optimizer's step"].gradients == FACTS.gradients
+    assert plan(narrow).moments["the backward pass"].gradients == 8_500_000 + HEADS // 2
+
+
+def test_larger_held_out_batches_have_a_room_of_their_own() -> None:
+    def kept(tokens: int) -> int:
+        seen = Evaluation(student=Forward(), teacher=Forward(), tokens=tokens, chunk=1)
+        return replace(FACTS, chunk=2_000, evaluation=seen, keeps_room=True).kept
+
+    assert kept(500) == kept(1_000) == kept(1_500) - 2 * 1_500 * 20_000 * 4 == kept(9_000) - 2 * 2_000 * 20_000 * 4
 
 
 def test_holes_are_a_share_of_what_is_in_use_beside_the_loss_and_larger_where_activations_are_made_anew() -> None:

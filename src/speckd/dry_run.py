@@ -5,6 +5,7 @@ attention, adapters, autocast and checkpointing count as they are, whatever the 
 """
 
 import logging
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -112,6 +113,7 @@ def step_facts(run: RunShape) -> StepFacts:
             accumulates=run.accumulates,
             evaluation=held_out,
             recomputes=run.checkpointing is not None,
+            keeps_room=run.device.type == "cpu" and sys.platform == "linux",
             process=PROCESS_BYTES,
             holes=HOLES.get(run.device.type, Holes()),
         )

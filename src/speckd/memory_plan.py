@@ -143,6 +143,7 @@ class StepFacts:
     `accumulates`: are there several micro-batches a step; `tokens`: of a micro-batch;
     `chunk`: how many of them have their logits held at once; `distils`: do the teacher's logits stand beside the student's;
     `evaluation`: None where nothing is held out; `recomputes`: is gradient checkpointing on;
+    `keeps_room`: does the engine's room for logits and gradients stay between steps (`speckd.large`);
     `process`: what the program takes beside all that; `holes`: and its allocator.
     """
 
@@ -162,12 +163,29 @@ class StepFacts:
     accumulates: bool = False
     evaluation: Evaluation | None = None
     recomputes: bool = False
+    keeps_room: bool = False
     process: int = 0
     holes: Holes = Holes()
 
+    def logits_room(self, tokens: int) -> int:
+        """Bytes of the engine's buffers of [chunk, vocabulary] for a batch of so many tokens."""
+        return (1 + self.distils) * min(self.chunk, tokens) * self.head.vocabulary * _FLOAT32
+
     @property
-    def hidden_gradient(self) -> int:
-        return self.tokens * self.head.width * _FLOAT32
+    def gradient_room(self) -> int:
+        """Bytes of the gradients that the engine sums: the hidden states' and the head's."""
+        return self.tokens * self.head.width * _FLOAT32 + self.head.summed
+
+    @property
+    def room(self) -> int:
+        return self.logits_room(self.tokens) + self.gradient_room
+
+    @property
+    def kept(self) -> int:
+        """Of the engine's room, what stays from step to step: that of larger held-out batches, too."""
+        seen = 0 if self.evaluation is None else self.logits_room(self.evaluation.tokens)
+        larger = seen if seen > self.logits_room(self.tokens) else 0
+        return self.room + larger if self.keeps_room else 0
 
 
 # ---- what follows ----------------------------------------------------------------------------------------------------------
@@ -176,7 +194,7 @@ class StepFacts:
 @dataclass(frozen=True)
 class Parts:
     """What is alive at one moment, bytes. `activations`: all that the student's forward and backward hold but parameters'
-    gradients; `teacher_at_work`: its forward, then its hidden states; `loss`: logits, and gradients nobody else owns yet."""
+    gradients; `teacher_at_work`: its forward, then its hidden states; `loss`: the engine's room, and what works in it."""
 
     student: int = 0
     teacher: int = 0
@@ -227,8 +245,8 @@ def plan(facts: StepFacts) -> MemoryPlan:
         "the teacher's forward": _before_backward(facts, teacher_at_work=answers.peak),
         "the student's forward": _before_backward(facts, facts.student_forward.peak, answers.kept),
         "the loss": _before_backward(facts, facts.student_forward.kept, answers.kept, _loss(facts)),
-        BACKWARD: max(_start_of_backward(facts), _backward(facts), key=lambda parts: parts.total),
-        "the optimizer's step": _parts(facts, facts.gradients, optimizer=facts.optimizer + facts.update),
+        BACKWARD: max(_backward(facts), key=lambda parts: parts.total),
+        "the optimizer's step": _optimizer_step(facts),
     }
     if facts.evaluation is not None:
         moments["the evaluation"] = _evaluation(facts, facts.evaluation)
@@ -253,7 +271,7 @@ def _parts(
         facts.optimizer if optimizer is None else optimizer,
         activations,
         teacher_at_work,
-        loss,
+        facts.kept + loss,
         facts.process,
     )
 
@@ -263,10 +281,9 @@ def _before_backward(facts: StepFacts, activations: int = 0, teacher_at_work: in
     return _parts(facts, gradients, activations=activations, teacher_at_work=teacher_at_work, loss=loss)
 
 
-def chunk_bytes(tokens: int, vocabulary: int, distils: bool = True) -> int:
-    """What the engine takes for the logits of some tokens, and works with beside them."""
-    buffer = tokens * vocabulary * _FLOAT32
-    return (1 + distils) * buffer + max(_LEAST_TILES, int(_TILES_SHARE * buffer))
+def tiles_bytes(tokens: int, vocabulary: int) -> int:
+    """What the engine works with beside its two buffers of [tokens, vocabulary]."""
+    return max(_LEAST_TILES, int(_TILES_SHARE * tokens * vocabulary * _FLOAT32))
 
 
 def measure_bytes(tokens: int, vocabulary: int) -> int:
@@ -274,32 +291,36 @@ def measure_bytes(tokens: int, vocabulary: int) -> int:
     return _MEASURE_BUFFERS * tokens * vocabulary * _FLOAT32
 
 
-def _chunk_at_work(facts: StepFacts, tokens: int) -> int:
-    return chunk_bytes(min(facts.chunk, tokens), facts.head.vocabulary, facts.distils)
-
-
 def _loss(facts: StepFacts) -> int:
-    return _chunk_at_work(facts, facts.tokens) + facts.hidden_gradient + facts.head.summed
+    return tiles_bytes(min(facts.chunk, facts.tokens), facts.head.vocabulary) + (0 if facts.kept else facts.room)
 
 
-def _start_of_backward(facts: StepFacts) -> Parts:
-    loss = facts.hidden_gradient + facts.head.summed + facts.head.copied
-    return _before_backward(facts, facts.student_forward.kept, loss=loss)
-
-
-def _backward(facts: StepFacts) -> Parts:
-    """A tied head's gradient waits for that of the embedding; another head's is its parameter's at once."""
+def _backward(facts: StepFacts) -> list[Parts]:
+    """Its start, where the head's gradient becomes the parameter's; the way through the layers; and what comes last."""
     head, backward = facts.head, facts.backward
-    waiting = head.gradient if head.tied else 0
+    start = _before_backward(facts, facts.student_forward.kept, loss=head.copied + (0 if facts.kept else facts.gradient_room))
+    apart = head.gradient if head.copied or not facts.kept else 0  # of the head's gradient, what is not the engine's room
+    waiting = apart if head.tied else 0  # for the gradient of the embedding
     if facts.accumulates:
-        return _parts(facts, facts.gradients, activations=backward.apart, loss=waiting)
-    gradients = backward.gradients + head.gradient - waiting
-    return _parts(facts, gradients, activations=backward.peak - backward.gradients, loss=waiting)
+        return [start, _parts(facts, facts.gradients, activations=backward.apart, loss=waiting)]
+    gradients = backward.gradients + apart - waiting
+    way = _parts(facts, gradients, activations=backward.peak - backward.gradients, loss=waiting)
+    if not head.tied or apart:
+        return [start, way]
+    return [start, way, _parts(facts, facts.gradients, activations=head.gradient)]  # two gradients, added into a third
+
+
+def _optimizer_step(facts: StepFacts) -> Parts:
+    head = facts.head
+    in_room = facts.kept and not (head.copied or head.tied or facts.accumulates)
+    gradients = facts.gradients - (head.gradient if in_room else 0)
+    return _parts(facts, gradients, optimizer=facts.optimizer + facts.update)
 
 
 def _evaluation(facts: StepFacts, seen: Evaluation) -> Parts:
     measured = measure_bytes(min(seen.chunk, seen.tokens), facts.head.vocabulary) + facts.head.widened
-    measured = max(measured, _chunk_at_work(facts, seen.tokens))
+    tiles = tiles_bytes(min(facts.chunk, seen.tokens), facts.head.vocabulary)
+    measured = max(measured, tiles + (0 if facts.kept else facts.logits_room(seen.tokens)))
     candidates = (
         Parts(teacher_at_work=seen.teacher.peak),
         Parts(teacher_at_work=seen.teacher.kept, activations=seen.student.peak),

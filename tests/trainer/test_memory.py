@@ -17,7 +17,7 @@ from speckd.data import longest_row_of
 from speckd.dry_run import BatchShape, LiveBytes, ModelShape, RunShape, step_facts, student_step
 from speckd.engine import default_chunk_size
 from speckd.evaluate import HeldOutSums, measure
-from speckd.memory_plan import MIB, StepFacts, chunk_bytes, measure_bytes, plan
+from speckd.memory_plan import MIB, StepFacts, measure_bytes, plan, tiles_bytes
 from speckd.memory_report import Foreseen
 from speckd.tasks import build_tokenizer
 from speckd.teachers import HiddenTeacher
@@ -99,7 +99,7 @@ def test_an_adapter_trains_itself_alone() -> None:
     assert facts.gradients == trained and facts.optimizer == 2 * trained
     assert facts.student == weights(model) and facts.student - whole.student == trained
     assert not facts.head.trained and facts.head.summed == facts.head.gradient == 0
-    assert plan(facts).moments["the backward pass"].loss == 0 and facts.student_forward.kept > 0
+    assert plan(replace(facts, keeps_room=False)).moments["the backward pass"].loss == 0 and facts.student_forward.kept > 0
     assert adapter.target_modules == {"q_proj", "v_proj"}, "the settings are left as they were"
 
 
@@ -159,13 +159,12 @@ def test_the_engine_and_the_measures_keep_to_what_is_planned_for_a_chunk() -> No
     weight = torch.randn(words, width, generator=draw, requires_grad=True)
     teacher = HiddenTeacher(torch.randn(tokens + 1, width, generator=draw), LMHead(torch.randn(words, width, generator=draw)))
     given = [hidden, weight, teacher.hidden, teacher.head.weight, ids]
-    gradients = weight.nbytes + hidden.nbytes
+    gradients, buffers = weight.nbytes + hidden.nbytes, 2 * chunk * words * 4
     for gate, rejected, name in itertools.product(("label_ratio", "top_k", "spec"), sorted(REJECTED), sorted(DIVERGENCES)):
         objective = MethodConfig(gate=gate, rejected=rejected, divergence=name).objective()
         with LiveBytes(given) as live:
             distillation_loss(objective, hidden, LMHead(weight), teacher, rows, chunk)
-        assert live.peak <= chunk_bytes(chunk, words) + gradients, (gate, rejected, name)
-        assert live.peak > 2 * chunk * words * 4, "the engine's buffers are no longer seen by this test"
+        assert buffers < live.peak <= buffers + tiles_bytes(chunk, words) + gradients, (gate, rejected, name)
     with LiveBytes(given) as live:
         measure(HeldOutSums(), hidden.detach(), LMHead(weight.detach()), teacher, rows)
     planned = measure_bytes(min(default_chunk_size(words), tokens), words)
