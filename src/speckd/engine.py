@@ -128,7 +128,9 @@ class _Gradients:
         def space(tensor: Tensor | None) -> Tensor | None:
             if tensor is None or not tensor.requires_grad or not torch.is_grad_enabled():
                 return None
-            return room(tuple(tensor.shape), torch.promote_types(tensor.dtype, torch.float32), tensor.device)
+            return room(tuple(tensor.shape), dtype, tensor.device)
+
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, head.weight.dtype), torch.float32)
 
         found = cls(space(hidden), space(head.weight), space(head.bias))
         for gradient in (found.hidden, found.bias):
@@ -172,7 +174,7 @@ class _Batch:
         if self.objective.needs_teacher:
             self.teacher_space = room((min(shape[0], self.most), shape[1]), self.dtype, self.hidden.device)
         self.waiting: list[Tensor] = []  # which rows the gradients at the head of student_space belong to
-        by_definition = wants_support(self.objective.rejected)
+        by_definition = wants_support(self.objective)
         closed = isinstance(self.objective.divergence, HasEntries) and not by_definition
         of_a_chunk = shape[0] // (_TILES_OF_A_CHUNK if closed else 3 * _TILES_OF_A_CHUNK)
         small, large = (_TILE_BYTES // (share * 4 * shape[1]) for share in (4, 1))
@@ -217,7 +219,7 @@ class _Batch:
             else:
                 signal = self.teacher.signal(self.rows.index[index])
                 if isinstance(signal, TopKSignal):
-                    return signal
+                    return signal.to(self.dtype)  # it may be stored in 16 bits
                 space.copy_(signal.logits)
         signal = self._signal(space)
         require_usable_logits(signal.maximum, "teacher", self.rows.keys.rows(index))

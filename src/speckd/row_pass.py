@@ -17,7 +17,7 @@ from speckd import tiles
 from speckd.divergences import HasEntries
 from speckd.head import LMHead
 from speckd.objective import Objective, TokenTerms, token_terms
-from speckd.policies import FallbackRows, RejectedPolicy
+from speckd.policies import FallbackRows
 from speckd.support import shared_support, teacher_support
 from speckd.types import DenseSignal, Divergence, Rows, TeacherSignal, TokenKeys, TopKSignal
 
@@ -108,7 +108,7 @@ class RowPass:
         found = RowResults.of(rows.acceptance)
         taught = (on != 0) | ((fallen != 0) & self.by_definition)
         labelled = ~taught & ((fallen != 0) | (self.objective.label_loss_weight > 0))
-        label = self.label_slopes(rows, fallen, found)
+        label = self.label_slopes(rows, fallen, found, wanted=out is not None)
         first, second = taught.nonzero()[:, 0], labelled.nonzero()[:, 0]
         # Packing rows of one kind never overtakes what is still to be read; of two kinds it would, so each stays in its place.
         packed = not len(second)
@@ -130,7 +130,7 @@ class RowPass:
         out[(~(taught | labelled)).nonzero()[:, 0]] = 0
         return found, torch.arange(len(on), device=on.device)
 
-    def label_slopes(self, rows: JudgedRows, fallen: Tensor, found: RowResults) -> Tensor | None:
+    def label_slopes(self, rows: JudgedRows, fallen: Tensor, found: RowResults, wanted: bool) -> Tensor | None:
         """[n] derivative of fallback and label loss for the label's log-probability; None where no row has either."""
         weight, falls = self.objective.label_loss_weight, fallen != 0
         if weight == 0 and not bool(falls.any()):
@@ -139,11 +139,11 @@ class RowPass:
         found.label_log_prob[needed] = rows.student.label_log_probs(needed, rows.labels[needed])
         slopes = torch.full_like(found.label_log_prob, -weight)
         if bool(falls.any()) and not self.by_definition:
-            with torch.enable_grad():
-                leaf = found.label_log_prob[falls].requires_grad_()
+            with torch.set_grad_enabled(wanted):
+                leaf = found.label_log_prob[falls].requires_grad_(wanted)
                 value = self.objective.rejected.fallback(FallbackRows(leaf, _no_support, self.objective.divergence_temperature))
-                (own,) = torch.autograd.grad(value.sum(), leaf)
-            slopes[falls] += fallen[falls] * own
+            if value.requires_grad:
+                slopes[falls] += fallen[falls] * torch.autograd.grad(value, leaf, torch.ones_like(value))[0]
             found.fallback[falls] = value.detach()
         return slopes
 
@@ -158,7 +158,7 @@ class RowPass:
         plain = tiles.softmax(student_logits) if label is not None and temperature != 1 else None
         q, log_q = _normalised(student_logits, rows.student.maximum[where], temperature)
         p, log_p = _normalised(teacher_logits, teacher.maximum[where], temperature)
-        value, slope = divergence_slope(self.objective.divergence, log_q, log_p, q, p)
+        value, slope = divergence_slope(self.objective.divergence, log_q, log_p, q, p, wanted=out is not None)
         if out is None:
             return value
         weight, total = (temperature * on)[:, None], slope.sum(-1, keepdim=True)  # T² of the divergence, 1/T of the logits
@@ -198,7 +198,7 @@ class RowPass:
         tail = outside.sum(-1, keepdim=True)  # with every digit, unlike 1 − Σ inside
         log_inside = logits.gather(-1, ids) - rows.student.maximum[where] - log_mass
         q, log_q = torch.cat([inside, tail], -1), torch.cat([log_inside, tail.log()], -1)
-        value, slope = divergence_slope(self.objective.divergence, log_q, log_p, q, log_p.exp())
+        value, slope = divergence_slope(self.objective.divergence, log_q, log_p, q, log_p.exp(), wanted=out is not None)
         if out is None:
             return value
         slope = slope * on[:, None]
@@ -248,15 +248,15 @@ class RowPass:
         out[to] = gradient if cap is None else gradient * cap
 
 
-def wants_support(policy: RejectedPolicy) -> bool:
-    """Does a policy's fallback learn from more than the label? Asked of a row that does not count."""
+def wants_support(objective: Objective) -> bool:
+    """Does the policy's fallback learn from more than the label? Asked of a row that does not count."""
     asked = []
 
     def support() -> tuple[Tensor, Tensor]:
         asked.append(True)
         return torch.full((1, 2), 0.5).log(), torch.full((1, 2), 0.5).log()
 
-    policy.fallback(FallbackRows(torch.zeros(1), support, 1.0))
+    objective.rejected.fallback(FallbackRows(torch.zeros(1), support, objective.divergence_temperature))
     return bool(asked)
 
 
@@ -295,16 +295,20 @@ def slope_against_tail(slope: Tensor, inside: Tensor, tail: Tensor) -> Tensor:
     return slope[:, :-1] - inside * torch.where(tail > 0, slope[:, -1:] / tail, 0)
 
 
-def divergence_slope(divergence: Divergence, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """[n] divergence and its derivative for log q, [n, S], each entry by itself."""
+def divergence_slope(
+    divergence: Divergence, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, wanted: bool = True
+) -> tuple[Tensor, Tensor]:
+    """[n] divergence and, if wanted, its derivative for log q, [n, S], each entry by itself."""
     if isinstance(divergence, HasEntries):
         form = divergence.entrywise
         values, slope = form.entry(log_q, log_p, q, p, form.a, form.b)
         value = values.sum(-1)
         if math.isfinite(value.sum()):
             return value, slope
-    with torch.enable_grad():  # bears probabilities of 0
-        leaf = log_q.detach().requires_grad_()
+    with torch.set_grad_enabled(wanted):  # bears probabilities of 0
+        leaf = log_q.detach().requires_grad_(wanted)
         value = divergence(leaf, log_p)
-        (slope,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), slope
+    if not value.requires_grad:  # not wanted, or a number that no student changes
+        return value.detach(), torch.zeros_like(log_q)
+    (slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
+    return value.detach(), slope.contiguous()

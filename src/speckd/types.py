@@ -177,6 +177,10 @@ class TopKSignal:
         best = self.log_probs.argmax(-1, keepdim=True)
         return self.token_ids.gather(-1, best)[:, 0]
 
+    def to(self, dtype: torch.dtype) -> "TopKSignal":
+        labels = None if self.label_log_probs is None else self.label_log_probs.to(dtype)
+        return TopKSignal(self.token_ids, self.log_probs.to(dtype), labels)
+
     def rows(self, index: Tensor | slice) -> "TopKSignal":
         labels = None if self.label_log_probs is None else self.label_log_probs[index]
         return TopKSignal(self.token_ids[index], self.log_probs[index], labels)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from speckd import LMHead, Objective, distillation_loss
-from speckd.divergences import HasEntries
+from speckd.divergences import HasEntries, SkewedReverseKL
 from speckd.engine import default_chunk_size
 from speckd.gates import NoGate, TopK
 from speckd.policies import Label, Mask
-from speckd.teachers import DenseTeacher, HiddenTeacher
+from speckd.teachers import DenseTeacher, HiddenTeacher, TopKTeacher
 from speckd.tokens import SupervisedRows
 from speckd.types import DenseSignal, TokenKeys
 from tests.parity.cases import DIVERGENCES, problem
@@ -190,3 +190,65 @@ def test_a_teacher_in_hidden_states_is_the_one_in_logits(chunk) -> None:
         output.sum.backward()
         results.append((output.sum.detach(), hidden.grad))
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(*results, strict=True))
+
+
+def test_a_loss_without_gradient_is_the_same_also_in_inference_mode() -> None:
+    given = problem(seed=8, tokens=30)
+    for divergence in ("forward_kl", "adaptive_kl"):
+        objective = Objective(TopK(3), Label(), DIVERGENCES[divergence])
+        inputs = (given.hidden.float(), LMHead(given.weight.float()), DenseTeacher(given.teacher.float()), given.rows)
+        with torch.inference_mode():
+            found = distillation_loss(objective, *inputs).sum
+        wanted = distillation_loss(objective, inputs[0].clone().requires_grad_(), *inputs[1:]).sum
+        assert torch.allclose(found, wanted.detach())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_hidden_states_and_head_may_differ_in_precision(dtypes) -> None:
+    given = problem(seed=8, tokens=30)
+    hidden, weight = (
+        t.detach().clone().to(d).requires_grad_() for t, d in zip((given.hidden, given.weight), dtypes, strict=True)
+    )
+    distillation_loss(Objective(), hidden, LMHead(weight), DenseTeacher(given.teacher), given.rows, 7).sum.backward()
+    exact, head = given.hidden.clone().requires_grad_(), given.weight.clone().requires_grad_()
+    distillation_loss(Objective(), exact, LMHead(head), DenseTeacher(given.teacher), given.rows, 7).sum.backward()
+    for found, wanted in ((hidden.grad, exact.grad), (weight.grad, head.grad)):
+        assert found is not None and wanted is not None
+        assert torch.allclose(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [4, 17])
+def test_a_truncated_teacher_may_be_stored_in_any_precision(k, dtype) -> None:
+    given = problem(seed=8, tokens=40)
+    best = given.teacher.log_softmax(-1).topk(k)
+    labels = given.teacher.log_softmax(-1).gather(-1, given.rows.labels[:, None])[:, 0]
+    losses = []
+    for kind in (dtype, torch.float64):
+        hidden = given.hidden.float().requires_grad_()
+        teacher = TopKTeacher(best.indices, best.values.to(kind), labels.to(kind))
+        output = distillation_loss(Objective(TopK(3), Label()), hidden, LMHead(given.weight.float()), teacher, given.rows)
+        output.sum.backward()
+        losses.append(output.sum.detach())
+    assert torch.allclose(losses[0], losses[1], rtol=2e-2 if dtype == torch.float16 else 1e-5)
+
+
+def test_what_no_student_changes_has_no_gradient() -> None:
+    """A constant fallback, a divergence that is 0 throughout, and one whose slope is an expanded tensor."""
+
+    class Constant(Mask):
+        def weights(self, acceptance):
+            return acceptance, 1 - acceptance
+
+    given = problem(seed=8, tokens=30)
+    for objective in (
+        Objective(TopK(3), Constant()),
+        Objective(NoGate(), Mask(), SkewedReverseKL(1.0)),
+        Objective(NoGate(), Mask(), lambda student, teacher: student.sum(-1)),
+    ):
+        hidden = given.hidden.float().requires_grad_()
+        bias = given.bias.float()
+        bias[3] = -torch.inf if isinstance(objective.divergence, SkewedReverseKL) else 0
+        head = LMHead(given.weight.float(), bias, 1.0, None if bias[3] else 2.0)
+        distillation_loss(objective, hidden, head, DenseTeacher(given.teacher.float()), given.rows).sum.backward()
+        assert hidden.grad is not None and torch.isfinite(hidden.grad).all()

@@ -167,8 +167,8 @@ def entry(name: str, change: Callable[..., Any]) -> Callable[[Patch], None]:
 def slopes_times(factor: float) -> Callable[..., Any]:
     right = PASS.label_slopes
 
-    def changed(self: Any, *given: Any) -> Any:
-        found = right(self, *given)
+    def changed(self: Any, *given: Any, **named: Any) -> Any:
+        found = right(self, *given, **named)
         return None if found is None else factor * found
 
     return changed

@@ -29,7 +29,9 @@ class KernelPass(RowPass):
         found = RowResults.of(rows.acceptance)
         taught, live = on != 0, (on != 0) | (fallen != 0) | (self.objective.label_loss_weight > 0)
         first, second = taught.nonzero()[:, 0], (live & ~taught).nonzero()[:, 0]
-        chunk = _Chunk(self, rows, self._measured(rows.student), self.label_slopes(rows, fallen, found), out is not None)
+        chunk = _Chunk(
+            self, rows, self._measured(rows.student), self.label_slopes(rows, fallen, found, out is not None), out is not None
+        )
         if len(second) and out is not None:
             chunk.learn_labels(second)
         if len(first) and isinstance(rows.teacher, TopKSignal) and rows.teacher.token_ids.shape[-1] < chunk.width:
