@@ -408,7 +408,9 @@ def test_where_the_kernels_are_used() -> None:
     assert usable(objective, logits, False)
     assert available(logits.bfloat16()) and not usable(objective, logits.bfloat16(), False), "gradients need 32 bits"
     assert not available(logits.double()), "float64 is meant to be exact"
-    assert not usable(Objective(NoGate(), Residual(), AlphaBeta()), logits, wants_support(Residual())), "not the label alone"
+    assert not usable(
+        Objective(NoGate(), Residual(), AlphaBeta()), logits, wants_support(Objective(NoGate(), Residual(), AlphaBeta()))
+    ), "not the label alone"
     assert isinstance(row_pass(objective, HEAD, 1, False, logits), KernelPass)
     assert type(row_pass(objective, HEAD, 1, False, logits.double())) is RowPass
     assert isinstance(signal(logits), MeasuredSignal) and type(signal(logits.double())) is DenseSignal
