@@ -28,7 +28,7 @@ from speckd.memory_plan import MIB, Backward, Evaluation, Forward, Head, Holes, 
 #: What `speckd train` takes beside models and batches, measured with models of 1 MiB: data, logs, libraries loaded late.
 PROCESS_BYTES = 40 * MIB
 #: glibc's malloc, measured by benchmarks/memory_plan.py; what PyTorch's allocator keeps on a GPU is not foreseen.
-HOLES = {"cpu": Holes(share=0.12, in_recomputing=0.25)}
+HOLES = {"cpu": Holes(share=0.16, in_recomputing=0.25)}
 
 
 @dataclass(frozen=True)
