@@ -192,13 +192,13 @@ def time_table(
 
 
 def memory_of(setting: Setting, key: str) -> int:
-    """Bytes, from a process of its own. Blocks above 1 MiB go back to the system when freed, so the peak is what is in use."""
+    """Bytes, from a process of its own. Blocks above 128 KiB go back to the system when freed: the peak is what is in use."""
     words = [sys.executable, __file__, "one_candidate", "--candidate", key, "--threads", str(setting.threads)]
     shape = asdict(setting.shape)
     words += ["--far"] if shape.pop("far") else []
     words += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
     words += ["--device", str(setting.device)] + (["--chunk", str(setting.chunk)] if setting.chunk else [])
-    environment = os.environ | {"OMP_NUM_THREADS": str(setting.threads), "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(setting.threads), "MALLOC_MMAP_THRESHOLD_": str(MIB // 8)}
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])["bytes"]
 
