@@ -1,5 +1,6 @@
 """THE one-token shift, and who each supervised token is. Nobody else in the package shifts anything."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,34 @@ def supervised_rows(batch: TokenBatch, seed: int = 0, epoch: int = 0) -> Supervi
     sequence, position = ((labels != IGNORED_LABEL) & same_sample).nonzero(as_tuple=True)
     keys = TokenKeys(batch.sample_ids[sequence, position + 1], batch.position_ids[sequence, position + 1], seed, epoch)
     return SupervisedRows(sequence * batch.labels.shape[1] + position, labels[sequence, position], keys)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sample's tokens in a batch, as any teacher must be asked about them: alone and unpadded.
+
+    `token_ids`: [T]; `positions`: [n], where an answer is wanted, ascending: the one at t is about the token at t + 1; `rows`:
+    [n], which of the batch's supervised rows those are. All int64, on the CPU.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    rows: Tensor
+
+
+def sequences(batch: TokenBatch, rows: SupervisedRows) -> Iterator[Sequence]:
+    """Takes a batch apart, packed or padded on either side, into its samples that have a supervised token."""
+    ids, samples, positions = batch.input_ids.cpu(), batch.sample_ids.cpu(), batch.position_ids.cpu()
+    where, numbers = rows.index.cpu(), torch.arange(len(rows))
+    width = ids.shape[1]
+    for line in range(len(ids)):
+        begins = torch.ones(width, dtype=torch.bool)
+        begins[1:] = (samples[line, 1:] != samples[line, :-1]) | (positions[line, 1:] != positions[line, :-1] + 1)
+        starts = begins.nonzero()[:, 0].tolist()
+        for start, end in zip(starts, [*starts[1:], width], strict=True):
+            own = numbers[(where >= line * width + start) & (where < line * width + end)]
+            if len(own):
+                yield Sequence(ids[line, start:end], where[own] - line * width - start, own)
 
 
 def token_batch(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> TokenBatch:

@@ -130,11 +130,14 @@ class TopKSignal:
     `token_ids`: [N, K] int64, distinct in a row; `log_probs`: [N, K], of the full softmax at temperature 1, so they sum to at
     most 1 and the rest is the tail; `label_log_probs`: [N] or None. What lies outside the top-K is never guessed: a proposal
     there counts as rejected, so a verdict that needs its probability is a lower bound (method.md of the docs says which do).
+    `ranked`: False where the K tokens were drawn at random and not by rank: then log_probs are an estimate of a distribution
+    that is 0 elsewhere, and what asks for ranks is refused.
     """
 
     token_ids: Tensor
     log_probs: Tensor
     label_log_probs: Tensor | None = None
+    ranked: bool = True
 
     def log_prob(self, token_ids: Tensor) -> Tensor:
         """[N, C] ids -> [N, C] log-probabilities, −inf where the id is outside the top-K (known only to be small)."""
@@ -151,6 +154,7 @@ class TopKSignal:
         return self.label_log_probs
 
     def in_top_k(self, token_ids: Tensor, k: int) -> Tensor:
+        self._require_ranks("verify_top_k")
         if k > self.token_ids.shape[-1]:
             raise CapabilityError(
                 f"verify_top_k is {k}, but the teacher gives its top {self.token_ids.shape[-1]} only",
@@ -161,6 +165,7 @@ class TopKSignal:
 
     def overlap(self, student: DenseSignal) -> Tensor:
         """Σ min(p, q) over the top-K, [N]: a lower bound of the whole overlap, since the tail's share is unknown."""
+        self._require_ranks("the overlap with the student")
         return torch.minimum(student.log_prob(self.token_ids), self.log_probs).exp().sum(-1).clamp(max=1.0)
 
     def entropy(self) -> Tensor:
@@ -179,11 +184,18 @@ class TopKSignal:
 
     def to(self, dtype: torch.dtype) -> "TopKSignal":
         labels = None if self.label_log_probs is None else self.label_log_probs.to(dtype)
-        return TopKSignal(self.token_ids, self.log_probs.to(dtype), labels)
+        return replace(self, log_probs=self.log_probs.to(dtype), label_log_probs=labels)
 
     def rows(self, index: Tensor | slice) -> "TopKSignal":
         labels = None if self.label_log_probs is None else self.label_log_probs[index]
-        return TopKSignal(self.token_ids[index], self.log_probs[index], labels)
+        return replace(self, token_ids=self.token_ids[index], log_probs=self.log_probs[index], label_log_probs=labels)
+
+    def _require_ranks(self, what: str) -> None:
+        if not self.ranked:
+            raise CapabilityError(
+                f"this teacher's tokens were drawn at random, so {what} cannot be known from them",
+                "Use a gate that asks for the label only (label_ratio) or none, or capture the teacher's top-K",
+            )
 
 
 @dataclass(frozen=True)
@@ -223,6 +235,15 @@ class OptimisticSignal:
 
 
 TeacherSignal: TypeAlias = DenseSignal | TopKSignal
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a teacher can be asked, known before the first batch: the whole vocabulary, or its top-K (`ranked`: by rank, and not
+    drawn at random)."""
+
+    top_k: int | None = None
+    ranked: bool = True
 
 
 @dataclass(frozen=True)

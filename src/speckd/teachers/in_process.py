@@ -67,11 +67,17 @@ class DenseTeacher:
 
 @dataclass(frozen=True)
 class TopKTeacher:
-    """A top-K with a tail, [B·L, K] ids and log-probabilities, and [B·L] log-probabilities of the labels where known."""
+    """A top-K with a tail, [M, K] ids and log-probabilities, and [M] log-probabilities of the labels where known.
+
+    `place`: [B·L], each position's row, if M is not B·L; `ranked`: as of `TopKSignal`.
+    """
 
     token_ids: Tensor
     log_probs: Tensor
     label_log_probs: Tensor | None = None
+    place: Tensor | None = None
+    ranked: bool = True
 
     def signal(self, index: Tensor) -> TopKSignal:
-        return TopKSignal(self.token_ids, self.log_probs, self.label_log_probs).rows(index)
+        rows = index if self.place is None else self.place[index]
+        return TopKSignal(self.token_ids, self.log_probs, self.label_log_probs, self.ranked).rows(rows)
