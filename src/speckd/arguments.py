@@ -15,7 +15,7 @@ from speckd.errors import ConfigError
 from speckd.teachers.placement import existing_device
 
 #: Held-out measures of which less is better; of the others more is.
-LOWER_IS_BETTER = {"loss", "nll", "kl"}
+LOWER_IS_BETTER = {"loss", "nll", "kl", "kl_at_least"}
 
 
 @dataclass
@@ -89,7 +89,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         if self.load_best_model_at_end and best is None:
             self.metric_for_best_model = best = "nll"  # not the loss, which a gate that rejects more lowers by itself
         if best is not None and self.greater_is_better is None:  # type: ignore[has-type]
-            self.greater_is_better = best.split("_")[-1] not in LOWER_IS_BETTER
+            self.greater_is_better = not any(f"_{best}".endswith(f"_{name}") for name in LOWER_IS_BETTER)
         super().__post_init__()
         self._refuse_contradictions()
         self.objective()  # an unknown name or option is an error now, not after the models are loaded

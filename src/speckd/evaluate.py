@@ -13,9 +13,10 @@ from speckd.engine import default_chunk_size
 from speckd.gates import TopK
 from speckd.head import LMHead
 from speckd.objective import require_usable_logits
+from speckd.support import shared_support
 from speckd.teachers import HiddenTeacher
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
-from speckd.types import Rows, TeacherRows
+from speckd.types import Capabilities, DenseSignal, Rows, TeacherRows
 
 #: TAR on held-out data is always that of the paper's greedy gate, so that runs with different gates can be compared.
 FIXED_RULE = TopK(verify_top_k=5)
@@ -42,29 +43,45 @@ class HeldOutSums:
     def of(cls, values: Tensor) -> "HeldOutSums":
         return cls(*values.tolist())
 
-    def result(self, with_teacher: bool = True) -> dict[str, float]:
+    def result(self, teacher: Capabilities | None) -> dict[str, float]:
         """Means: `nll`, `kl` (teacher ‖ student), `teacher_nll` in nats a token; `agreement` of the two argmaxes; `alpha`, the
-        expected acceptance Σ min(p, q); `tar` (Top-5, macro) and `tar_micro`; `tokens`, over how many."""
+        expected acceptance Σ min(p, q); `tar` (Top-5, macro) and `tar_micro`; `tokens`, over how many.
+
+        Of a teacher that gives its top-K only, KL and α are `kl_at_least` and `alpha_at_least`: of the K tokens and one for all
+        others, and of the K tokens. What cannot be known from it is left out.
+        """
         if not self.tokens:
             return {"tokens": 0.0}
         found = {"nll": self.nll / self.tokens}
-        if with_teacher:
+        if teacher is None:
+            return found | {"tokens": self.tokens}
+        name = "{}" if teacher.top_k is None else "{}_at_least"
+        if teacher.ranked:
             found |= {
-                "kl": self.kl / self.tokens,
+                name.format("kl"): self.kl / self.tokens,
                 "agreement": self.agreement / self.tokens,
-                "alpha": self.alpha / self.tokens,
-                "tar": self.tar_sum / self.sequences,
-                "tar_micro": self.accepted / self.tokens,
-                "teacher_nll": self.teacher_nll / self.tokens,
+                name.format("alpha"): self.alpha / self.tokens,
             }
-        return found | {"tokens": self.tokens}
+        if _fixed_rule_known(teacher):
+            found |= {"tar": self.tar_sum / self.sequences, "tar_micro": self.accepted / self.tokens}
+        return found | {"teacher_nll": self.teacher_nll / self.tokens, "tokens": self.tokens}
+
+
+def _fixed_rule_known(teacher: Capabilities) -> bool:
+    return teacher.top_k is None or (teacher.ranked and teacher.top_k >= FIXED_RULE.verify_top_k)
 
 
 @torch.no_grad()
 def measure(
-    sums: HeldOutSums, student_hidden: Tensor, student_head: LMHead, teacher: TeacherRows | None, rows: SupervisedRows
+    sums: HeldOutSums,
+    student_hidden: Tensor,
+    student_head: LMHead,
+    teacher: TeacherRows | None,
+    rows: SupervisedRows,
+    known: Capabilities = Capabilities(),  # noqa: B008  (frozen)
 ) -> None:
-    """Adds one batch. Arguments as of `engine.distillation_loss`; chunk by chunk, so no [tokens, vocabulary]."""
+    """Adds one batch. Arguments as of `engine.distillation_loss`; chunk by chunk, so no [tokens, vocabulary]. `known`: what the
+    teacher can be asked."""
     accepted = []
     for chunk in torch.arange(len(rows), device=student_hidden.device).split(default_chunk_size(student_head.weight.shape[0])):
         if not len(chunk):
@@ -72,19 +89,21 @@ def measure(
         logits = student_head(student_hidden[rows.index[chunk]])
         keys = rows.keys.rows(chunk)
         require_usable_logits(logits, "student", keys)
-        log_probs = torch.log_softmax(logits, -1)
         labels = rows.labels[chunk]
-        sums.nll -= float(log_probs.gather(-1, labels[:, None]).double().sum())
+        student = DenseSignal(logits)
+        sums.nll -= float(student.label_log_prob(labels).double().sum())
         if teacher is None:
             continue
-        seen = Rows(logits, teacher.signal(rows.index[chunk]), labels, keys)
-        reference = torch.log_softmax(seen.teacher.logits, -1)  # type: ignore[union-attr]
-        require_usable_logits(reference, "teacher", keys)
-        sums.kl += float(forward_kl(log_probs, reference).double().sum())
-        sums.agreement += float((logits.argmax(-1) == seen.teacher.argmax()).sum())
-        sums.alpha += float(seen.teacher.overlap(seen.student).double().sum())
+        seen = Rows.of(student, teacher.signal(rows.index[chunk]), labels, keys)
         sums.teacher_nll -= float(seen.teacher.label_log_prob(labels).double().sum())
-        accepted.append(FIXED_RULE(seen).double())
+        if known.ranked:
+            own, reference = shared_support(logits, seen.teacher)
+            require_usable_logits(reference, "teacher", keys)
+            sums.kl += float(forward_kl(own, reference).double().sum())
+            sums.agreement += float((logits.argmax(-1) == seen.teacher.argmax()).sum())
+            sums.alpha += float(seen.teacher.overlap(seen.student).double().sum())
+        if _fixed_rule_known(known):
+            accepted.append(FIXED_RULE(seen).double())
     sums.tokens += len(rows)
     if accepted:
         verdicts = torch.cat(accepted)
@@ -120,4 +139,4 @@ def evaluate(
         hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
         measure(sums, hidden.flatten(0, 1), shared.restrict(LMHead.from_model(student)), answers, rows)
     student.train(training)
-    return sums.result(with_teacher=teacher is not None)
+    return sums.result(None if teacher is None else Capabilities())

@@ -14,8 +14,10 @@ import speckd
 _MEASURES = {
     "nll": "NLL, nats a token",
     "kl": "KL(teacher ‖ student), nats a token",
+    "kl_at_least": "the same on the teacher's top-K and a tail: at most the whole, nats a token",
     "agreement": "agreement of the most probable token",
     "alpha": "expected acceptance Σ min(p, q)",
+    "alpha_at_least": "the same over the teacher's top-K: at most the whole",
     "tar": "token acceptance rate (Top-5 rule, mean over sequences)",
     "teacher_nll": "the teacher's own NLL",
     "tokens": "held-out tokens",

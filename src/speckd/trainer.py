@@ -38,13 +38,14 @@ from speckd.evaluate import HeldOutSums, measure
 from speckd.head import LMHead, check_head
 from speckd.metrics import AcceptanceTally, StarvationWatch
 from speckd.objective import Objective
-from speckd.spans import DATA, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, TEACHER_FORWARD, span
-from speckd.teachers import HiddenTeacher, ScrambledTeacher
-from speckd.teachers.placement import LaunchedStates, head_on, moved
+from speckd.spans import DATA, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, span
+from speckd.teachers import ScrambledTeacher
+from speckd.teachers.model import ModelSource, on_device
 from speckd.teachers.shared_prompt import PromptSharing, may_pay, why_not_shared
+from speckd.teachers.source import PendingAnswer, Question, TeacherSource, require_answers
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
 from speckd.trl_internals import call_through, is_sharded_by_deepspeed_or_fsdp
-from speckd.types import TeacherRows
+from speckd.types import Capabilities, TeacherRows
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class SpecKDTrainer(SFTTrainer):
         teacher_processing_class: the teacher's tokenizer; by default, the one saved with the teacher.
         peft_config, callbacks, optimizers, quantization_config: as of `SFTTrainer`.
         objective: by default, what `args` describes.
+        teacher_source: a teacher that is no model in this process (`speckd.teachers`), in the place of `teacher_model`.
 
     Raises:
         SpeckdError: models, data or settings that do not fit together, before the first step.
@@ -105,12 +107,15 @@ class SpecKDTrainer(SFTTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         objective: Objective | None = None,
+        teacher_source: TeacherSource | None = None,
     ) -> None:
         if args is None:
             raise ConfigError("SpecKDTrainer was given no args", "Pass args=SpecKDConfig(output_dir=...)")
         self.objective = objective or args.objective()
-        if teacher_model is None and self.objective.needs_teacher:
+        if teacher_model is None and teacher_source is None and self.objective.needs_teacher:
             raise ConfigError("no teacher is given", "Set teacher_model_name_or_path, or label_loss_weight: 1 for SFT")
+        if teacher_model is not None and teacher_source is not None:
+            raise ConfigError("both teacher_model and teacher_source are given", "Pass one of them")
         self.dropped_rows: dict[str, DroppedRows] = {}
         self.longest_row: dict[str, int] = {}  # tokens
         self.warnings: list[str] = []  # what went wrong in training, for the card
@@ -141,13 +146,25 @@ class SpecKDTrainer(SFTTrainer):
             )
         if self.aux_loss_enabled:
             logger.warning("The student is a mixture of experts: its router's auxiliary loss is not part of the objective.")
-        self._set_up_teacher(teacher_model, teacher_processing_class)
+        width = self.student.get_output_embeddings().weight.shape[0]
+        self.teacher: Any = None  # the model, where it is one in this process
+        self.source = teacher_source
+        if teacher_model is not None:
+            self._load_teacher(teacher_model)
+            self.source = ModelSource(
+                self.teacher, self._vocabulary_with(teacher_processing_class, width), self.accelerator.device
+            )
+        self.vocabulary = SharedVocabulary(width) if self.source is None else self.source.vocabulary
+        # Of SFT the teacher is but a measure.
+        self._training_vocabulary = self.vocabulary if self.objective.needs_teacher else SharedVocabulary(width)
+        if self.source is not None:
+            self._check_capabilities(self.source)
         # How the loss is computed, whatever it is: tokens at once, and whether rejections are proved early.
         self._how = args.chunk_size(self._training_vocabulary.size), EarlyRejection() if args.early_rejection else None
         self._check_models()
         self._check_data()
-        self._sharing = self._prompt_sharing()
-        self._teacher_positions = torch.zeros(2, dtype=torch.int64)  # since the last log: computed, in the batches
+        if isinstance(self.source, ModelSource):
+            self.source.sharing = self._prompt_sharing(self.source)
         self._tally, self._watch = AcceptanceTally(), StarvationWatch(args.starvation_threshold, args.starvation_patience)
         self._logged_step: int | None = None
         self._step_sums = torch.zeros(2, dtype=torch.float64)  # of one optimizer step: loss, weight
@@ -163,41 +180,37 @@ class SpecKDTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
-    def _set_up_teacher(self, teacher: str | PreTrainedModel | None, tokenizer: Any) -> None:
-        width = self.student.get_output_embeddings().weight.shape[0]
-        self.teacher: Any = None
-        self.vocabulary = self._training_vocabulary = SharedVocabulary(width)
-        if teacher is None:
-            return
+    def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
         self.teacher = load_teacher(teacher, self.args, self.student.dtype) if isinstance(teacher, str) else teacher
         if not getattr(self.teacher, "hf_device_map", None):  # unless its layers were placed by hand
             self.teacher.to(self.args.teacher_device or self.accelerator.device)
         self.teacher.eval().requires_grad_(False)
+
+    def _vocabulary_with(self, tokenizer: Any, width: int) -> SharedVocabulary:
+        """What the teacher's model and its tokenizer (by default, the one saved with it) share with the student."""
         if tokenizer is None:
-            name = teacher if isinstance(teacher, str) else teacher.name_or_path
-            if not name:
+            if not self.teacher.name_or_path:
                 raise ConfigError("the teacher has no tokenizer to compare with the student's", "Pass teacher_processing_class")
-            tokenizer = load_teacher_tokenizer(name, self.args)
+            tokenizer = load_teacher_tokenizer(self.teacher.name_or_path, self.args)
         theirs = self.teacher.get_output_embeddings().weight.shape[0]
-        self.vocabulary = shared_vocabulary(self.processing_class, tokenizer, width, theirs)
-        if self.objective.needs_teacher:  # of SFT the teacher is but a measure
-            self._training_vocabulary = self.vocabulary
-        self._teacher_head = head_on(self.vocabulary.restrict(LMHead.from_model(self.teacher)), self.accelerator.device)
+        return shared_vocabulary(self.processing_class, tokenizer, width, theirs)
 
-    @property
-    def _teacher_device(self) -> torch.device:
-        """Where the teacher takes its inputs; of one whose embeddings are offloaded, anywhere."""
-        weight = self.teacher.get_input_embeddings().weight
-        return self.accelerator.device if weight.is_meta else weight.device
+    def _check_capabilities(self, source: TeacherSource) -> None:
+        require_answers(self.objective, source.capabilities, source.vocabulary.size)
+        if self.args.scrambled_teacher_fraction and source.capabilities.top_k is not None:
+            raise CapabilityError(
+                "scrambled_teacher_fraction: only a teacher with its whole vocabulary can be scrambled",
+                "Remove it, or use the teacher's model",
+            )
 
-    def _prompt_sharing(self) -> PromptSharing | None:
+    def _prompt_sharing(self, source: ModelSource) -> PromptSharing | None:
         """How the teacher computes a start that several rows share once; None where that cannot be, said if it was wanted."""
         rows = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
         longest = max(self.longest_row.values(), default=0)
-        if self.teacher is None or not self.args.share_teacher_prompt or self.padding_free or not may_pay(rows, longest):
+        if not self.args.share_teacher_prompt or self.padding_free or not may_pay(rows, longest):
             return None
         decoder = self.teacher.get_decoder()
-        reason = why_not_shared(decoder, longest, self._teacher_device)
+        reason = why_not_shared(decoder, longest, source.device)
         if reason is None:
             return PromptSharing(decoder, longest)
         logger.warning(
@@ -227,7 +240,7 @@ class SpecKDTrainer(SFTTrainer):
         logger.warning("%s: what it says beyond them may be worthless. Set max_length to at most %d.", said, positions)
 
     def _check_data(self) -> None:
-        if self.teacher is None:
+        if self.source is None:
             return
         if self.objective.needs_teacher:
             require_known_tokens(self.train_dataset, self.vocabulary, "train")
@@ -235,7 +248,7 @@ class SpecKDTrainer(SFTTrainer):
         for name, dataset in held_out.items():
             if dataset is not None:
                 require_known_tokens(dataset, self.vocabulary, name)
-        if not self.objective.needs_teacher or not self.vocabulary.teacher_only:
+        if self.teacher is None or not self.objective.needs_teacher or not self.vocabulary.teacher_only:
             return
         dropped = self.mass(self.teacher, torch.tensor(self.vocabulary.teacher_only))
         if dropped > self.args.max_dropped_mass:
@@ -251,8 +264,11 @@ class SpecKDTrainer(SFTTrainer):
         inputs = self._prepare_inputs(self.data_collator(chosen))
         training = model.training
         model.eval()
-        device = self._teacher_device if model is self.teacher else self.accelerator.device
-        hidden = model.get_decoder()(**_model_inputs(inputs, device), use_cache=False).last_hidden_state.flatten(0, 1)
+        device = self.accelerator.device
+        if model is self.teacher and isinstance(self.source, ModelSource):
+            device = self.source.device
+        own = on_device(_model_inputs(inputs), device)
+        hidden = model.get_decoder()(**own, use_cache=False).last_hidden_state.flatten(0, 1)
         model.train(training)
         some = supervised_rows(as_token_batch(inputs, inputs["labels"])).index[:64]
         probs = LMHead.from_model(model)(hidden[some.to(hidden.device)]).softmax(-1)
@@ -333,7 +349,7 @@ class SpecKDTrainer(SFTTrainer):
 
     def _objective_output(self, model: Any, inputs: dict[str, Any], rows: SupervisedRows) -> LossOutput:
         """The loss of a batch, computed inside the wrapped student's forward."""
-        launched = self._launch_teacher(inputs, rows) if self.objective.needs_teacher else None
+        pending = self._ask(inputs, rows) if self.objective.needs_teacher else None
         student, seen = self.student, {}
 
         def loss(**own: Any) -> dict[str, Tensor]:
@@ -341,7 +357,7 @@ class SpecKDTrainer(SFTTrainer):
                 hidden = student.get_decoder()(**own, use_cache=False).last_hidden_state
             with span(HEAD_AND_LOSS):
                 head = self._training_vocabulary.restrict(LMHead.from_model(student))
-                teacher = self._teacher_rows(launched, inputs)  # after the student's forward: two devices work at the same time
+                teacher = self._answers(pending, inputs)  # after the student's forward: two devices work at the same time
                 seen["output"] = distillation_loss(self.objective, hidden.flatten(0, 1), head, teacher, rows, *self._how)
             return {"loss": seen["output"].sum}
 
@@ -349,32 +365,17 @@ class SpecKDTrainer(SFTTrainer):
             call_through(model, student, loss, _model_inputs(inputs))
         return seen["output"]
 
-    @torch.no_grad()
-    def _launch_teacher(self, inputs: dict[str, Any], rows: SupervisedRows) -> LaunchedStates | None:
-        """Starts the teacher's forward on its device. Not in `inference_mode`: what is made of its states may meet autograd."""
-        if self.teacher is None:
+    def _ask(self, inputs: dict[str, Any], rows: SupervisedRows) -> PendingAnswer | None:
+        if self.source is None:
             return None
-        if self.teacher.training:
-            self.teacher.eval()
-        own = _model_inputs(inputs, self._teacher_device)
-        with span(TEACHER_FORWARD):
-            if self._sharing is None or own.keys() != {"input_ids", "attention_mask"}:
-                hidden = self.teacher.get_decoder()(**own, use_cache=False).last_hidden_state
-            else:
-                states = self._sharing.states(**own)
-                hidden = states.hidden
-                if self.model.training:
-                    self._teacher_positions += torch.tensor([states.positions, own["input_ids"].numel()])
-        return LaunchedStates.of(hidden, rows.index)
+        return self.source.launch(Question(_model_inputs(inputs), as_token_batch(inputs, inputs["labels"]), rows))
 
     @torch.no_grad()
-    def _teacher_rows(
-        self, launched: LaunchedStates | None, inputs: dict[str, Any], reliable: bool = False
-    ) -> TeacherRows | None:
+    def _answers(self, pending: PendingAnswer | None, inputs: dict[str, Any], reliable: bool = False) -> TeacherRows | None:
         """The teacher's answers for a batch; scrambled in training where the stress test asks for it."""
-        if launched is None:
+        if pending is None:
             return None
-        answers = HiddenTeacher(launched.arrived(), self._teacher_head)
+        answers = pending.rows()
         if reliable or not self.args.scrambled_teacher_fraction:
             return answers
         batch: TokenBatch = as_token_batch(inputs, inputs["labels"])
@@ -435,7 +436,9 @@ class SpecKDTrainer(SFTTrainer):
         found.merge(sums)
         metrics = {"loss": sum(losses) / len(losses)} if losses else {}
         metrics |= found.result()
-        positions, self._teacher_positions = self._teacher_positions, torch.zeros_like(self._teacher_positions)
+        positions = torch.zeros(2, dtype=torch.int64)
+        if isinstance(self.source, ModelSource):
+            positions, self.source.positions = self.source.positions, positions
         computed, whole = self.accelerator.reduce(positions.to(self.accelerator.device), "sum").tolist()
         if whole:
             metrics["teacher_computed"] = computed / whole
@@ -463,11 +466,14 @@ class SpecKDTrainer(SFTTrainer):
             raise DataError("there is no held-out data to evaluate on", "Give eval_dataset")
         if SAMPLE not in dataset.column_names:
             dataset = self._prepare_dataset(dataset, self.processing_class, self.args, False, None, metric_key_prefix)
-            if self.teacher is not None:
+            if self.source is not None:
                 require_known_tokens(dataset, self.vocabulary, metric_key_prefix)
+        trained_on = self.source.positions.clone() if isinstance(self.source, ModelSource) else None
         sums, loss = self._held_out(dataset)
+        if isinstance(self.source, ModelSource) and trained_on is not None:
+            self.source.positions = trained_on  # what is logged is training's
         metrics = {"loss": float(loss[0] / loss[1])} if loss[1] else {}
-        metrics |= sums.result(with_teacher=self.teacher is not None)
+        metrics |= sums.result(None if self.source is None else self.source.capabilities)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -496,22 +502,20 @@ class SpecKDTrainer(SFTTrainer):
 
     def _measure_batch(self, sums: HeldOutSums, inputs: dict[str, Any]) -> Tensor:
         held_out = self._rows(inputs, self.vocabulary)
-        launched = self._launch_teacher(inputs, held_out)
+        pending = self._ask(inputs, held_out)
         student = self.student
         with self.accelerator.autocast():
             hidden = student.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state.flatten(0, 1)
             head = LMHead.from_model(student)
-            teacher = self._teacher_rows(launched, inputs, reliable=True)
-            measure(sums, hidden, self.vocabulary.restrict(head), teacher, held_out)
+            teacher = self._answers(pending, inputs, reliable=True)
+            known = Capabilities() if self.source is None else self.source.capabilities
+            measure(sums, hidden, self.vocabulary.restrict(head), teacher, held_out, known)
             needed, axis = (teacher if self.objective.needs_teacher else None), self._training_vocabulary
             rows = self._rows(inputs, axis)
             output = distillation_loss(self.objective, hidden, axis.restrict(head), needed, rows, *self._how)
         return torch.stack([output.sum, output.count]).double().cpu()
 
 
-def _model_inputs(inputs: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """What a model's forward takes; tensors on `device` where one is given."""
-    own = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
-    if device is None:
-        return own
-    return {name: moved(value, device) if isinstance(value, Tensor) else value for name, value in own.items()}
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a model's forward takes."""
+    return {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}

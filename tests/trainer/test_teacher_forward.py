@@ -121,14 +121,14 @@ def test_the_teacher_starts_first_and_its_states_come_after_the_students_forward
 
 
 def test_the_head_of_the_teacher_is_made_once(world: World, tmp_path: Path, monkeypatch) -> None:
-    import speckd.trainer as module
+    import speckd.teachers.model as module
 
     trainer, heads = trainer_of(world, world.data, tmp_path / "out"), set()
     teachers = module.HiddenTeacher
     monkeypatch.setattr(module, "HiddenTeacher", lambda hidden, head: (heads.add(id(head)), teachers(hidden, head))[1])
     trainer.train()
-    assert heads == {id(trainer._teacher_head)} and not trainer._teacher_head.weight.requires_grad
-    assert trainer._teacher_head.weight.shape[0] == trainer.vocabulary.size
+    assert heads == {id(trainer.source.head)} and not trainer.source.head.weight.requires_grad
+    assert trainer.source.head.weight.shape[0] == trainer.vocabulary.size
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""Where a teacher's answers come from: one small protocol. In process, cached and served are interchangeable."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from speckd.compatibility import SharedVocabulary
+from speckd.objective import Objective
+from speckd.support import shared_support
+from speckd.tokens import SupervisedRows, TokenBatch
+from speckd.types import BatchGate, Capabilities, DenseSignal, Rows, TeacherRows, TeacherSignal, TokenKeys, TopKSignal
+
+
+@dataclass(frozen=True)
+class Question:
+    """One batch, as a teacher is asked about it.
+
+    `inputs`: what a model's forward takes, [B, L] tensors by name; `tokens`: the same batch as sequences; `rows`: the positions
+    that want an answer.
+    """
+
+    inputs: Mapping[str, Tensor]
+    tokens: TokenBatch
+    rows: SupervisedRows
+
+
+class PendingAnswer(Protocol):
+    def rows(self) -> TeacherRows:
+        """Waits for the answer. Indices are into the flattened batch, on the device of the question's rows."""
+        ...
+
+
+class TeacherSource(Protocol):
+    """A teacher, wherever it lives."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def vocabulary(self) -> SharedVocabulary:
+        """The axis of its answers, shared with the student."""
+        ...
+
+    def expect(self, question: Question) -> None:
+        """Says that this will be asked soon: a source that has to fetch may begin. May be called, or not, and never waits."""
+        ...
+
+    def launch(self, question: Question) -> PendingAnswer:
+        """Begins to answer, without waiting where the teacher is elsewhere."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def require_answers(objective: Objective, capabilities: Capabilities, vocabulary_size: int) -> None:
+    """Asks of an example what gate and divergence will ask of every row, so that what cannot be answered is refused at once.
+
+    Raises:
+        CapabilityError: as the signal itself says it.
+    """
+    if not objective.needs_teacher:
+        return
+    size = max(vocabulary_size, 2)
+    logits = torch.linspace(0, 1, size).expand(2, size).clone()
+    signal = _example(capabilities, logits)
+    zeros = torch.zeros(2, dtype=torch.int64)
+    rows = Rows(logits, signal, zeros, TokenKeys(zeros, zeros))
+    gate = objective.gate
+    gate.score(rows) if isinstance(gate, BatchGate) else gate(rows)
+    shared_support(logits, signal, objective.divergence_temperature)
+
+
+def _example(capabilities: Capabilities, logits: Tensor) -> TeacherSignal:
+    if capabilities.top_k is None:
+        return DenseSignal(logits)
+    log_probs, ids = torch.log_softmax(logits, -1).topk(min(capabilities.top_k, logits.shape[-1]))
+    return TopKSignal(ids, log_probs, log_probs[:, 0], capabilities.ranked)
