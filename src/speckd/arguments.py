@@ -9,11 +9,12 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from trl import SFTConfig
 
-from speckd.config import MethodConfig, Options
+from speckd.config import MethodConfig, Options, nearest
 from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
 from speckd.teachers.placement import existing_device
 
+TEACHERS = ("model", "cache", "server")
 #: Held-out measures of which less is better; of the others more is.
 LOWER_IS_BETTER = {"loss", "nll", "kl", "kl_at_least"}
 
@@ -35,6 +36,12 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     ]
 
     output_dir: str | None = field(default=None, metadata={"help": "where the student, its card and its log are written"})
+    teacher: str = field(
+        default="model",
+        metadata={
+            "help": "where the teacher is: model (in this process), cache (a folder that 'speckd cache' filled) or server (vLLM, SGLang)"
+        },
+    )
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "path or hub id of the teacher"})
     teacher_model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the teacher"})
     teacher_model_init_kwargs: Options | None = field(
@@ -50,6 +57,17 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         default=True,
         metadata={"help": "the teacher computes a start that several rows share once, where that is cheaper and proved equal"},
     )
+    teacher_top_k: int = field(
+        default=32, metadata={"help": "of a cached or served teacher: how many of its most probable tokens are kept"}
+    )
+    teacher_cache_dir: str | None = field(default=None, metadata={"help": "folder of the teacher's cached answers"})
+    teacher_cache_kind: str = field(
+        default="top_k",
+        metadata={"help": "what is cached: top_k, sampled (tokens drawn from the teacher, unbiased) or full (the vocabulary)"},
+    )
+    teacher_cache_samples: int = field(default=50, metadata={"help": "draws a token where teacher_cache_kind is sampled"})
+    teacher_cache_bits: int = field(default=16, metadata={"help": "bits of a cached log-probability: 16 or 32"})
+    teacher_cache_compression: str = field(default="none", metadata={"help": "none, or zlib: smaller and slower"})
     scrambled_teacher_fraction: float = field(
         default=0.0, metadata={"help": "stress test: share of positions where the teacher is made wrong on purpose"}
     )
@@ -95,6 +113,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         self.objective()  # an unknown name or option is an error now, not after the models are loaded
 
     def _refuse_contradictions(self) -> None:
+        self._check_teacher()
         if self.use_liger_kernel:
             raise ConfigError("use_liger_kernel: it replaces the loss that speckd computes", "Remove it")
         if self.loss_type != "nll" or self.label_smoothing_factor:
@@ -126,6 +145,18 @@ class SpecKDConfig(MethodConfig, SFTConfig):
                     "teacher_device and a device_map in teacher_model_init_kwargs both place the teacher", "Remove one of them"
                 )
 
+    def _check_teacher(self) -> None:
+        _one_of("teacher", self.teacher, TEACHERS)
+        _one_of("teacher_cache_kind", self.teacher_cache_kind, ("top_k", "sampled", "full"))
+        _one_of("teacher_cache_compression", self.teacher_cache_compression, ("none", "zlib"))
+        if self.teacher_cache_bits not in (16, 32):
+            raise ConfigError(f"teacher_cache_bits is {self.teacher_cache_bits}", "Give 16 or 32")
+        for key in ("teacher_top_k", "teacher_cache_samples"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}", "Give a number of tokens of at least 1")
+        if self.teacher == "cache" and self.teacher_cache_dir is None:
+            raise ConfigError("teacher is cache, but teacher_cache_dir is not set", "Name the folder that 'speckd cache' filled")
+
     def chunk_size(self, vocabulary: int) -> int:
         """Tokens whose logits the loss holds at once: as given, or as many as the budget holds, up to what speed asks for.
 
@@ -148,6 +179,11 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     @property
     def effective_gate_seed(self) -> int:
         return self.seed if self.gate_seed is None else self.gate_seed
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{key} is '{value}'", nearest(value, list(known)))
 
 
 def _bytes(key: str, text: str) -> int:

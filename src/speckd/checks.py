@@ -96,10 +96,10 @@ def _refuse_overwriting_inputs(settings: Settings, output: Path) -> None:
 
 
 def check_models_exist(settings: Settings) -> None:
-    student, teacher = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
+    student, teacher = settings.model.model_name_or_path, settings.teacher_model
     if student is None:
         raise ConfigError("model_name_or_path is not set: there is no student", "Give a path or hub id")
-    if teacher is None and settings.training.objective().needs_teacher:
+    if teacher is None and not settings.teacher_elsewhere and settings.training.objective().needs_teacher:
         raise ConfigError(
             "teacher_model_name_or_path is not set: there is no teacher", "Give a path or hub id, or --recipe sft"
         )
@@ -152,7 +152,7 @@ def check_shapes(settings: Settings, train_data: Dataset, held_out: Dataset | No
 
 
 def load_tokenizers(settings: Settings, conversational: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
-    student, teacher = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
+    student, teacher = settings.model.model_name_or_path, settings.teacher_model
     assert student is not None
     own = _tokenizer("model_name_or_path", student, settings.model.model_revision, settings)
     if own.pad_token is None:

@@ -65,6 +65,19 @@ def profile(
     run(config, recipe, context.args, steps)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def cache(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="The file of the run that will use the cache.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped method: 'speckd recipes' lists them.")] = None,
+) -> None:
+    """Keep the teacher's answers for a run on disk: the run then needs no teacher ('teacher: cache')."""
+    _say_to_people()
+    from speckd.capture import capture
+
+    capture(config, recipe, context.args)
+
+
 @app.command()
 def quickstart(
     output_dir: Annotated[Path, typer.Option("--output-dir", "--output_dir", help="A new folder for the results.")] = Path(
@@ -141,9 +154,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = 130
     if code == 130:  # typer turns the interrupt into this
-        resumes = (
-            "; --resume_from_checkpoint true goes on from the last checkpoint, if there is one" if "train" in words else ""
-        )
+        resumes = ""
+        if "train" in words:
+            resumes = "; --resume_from_checkpoint true goes on from the last checkpoint, if there is one"
+        if "cache" in words:
+            resumes = "; the same command goes on from there"
         print(f"interrupted{resumes}", file=sys.stderr)
     return code
 

@@ -1,8 +1,8 @@
 """Which sample every token belongs to, carried from the data set through truncation, packing and padding to the loss."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,38 @@ def spread_sample_ids(prepared: Dataset, packing: bool, max_length: int | None, 
         desc="Numbering samples",
     ).select_columns(["input_ids", "labels", SAMPLE])
     return pack_dataset(prepared, max_length, strategy) if packing else prepared
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One sequence of a data set, [T] token ids, and where a teacher is asked about it, [n] positions: at t about the token at
+    t + 1. `row`: of the data set, from 1, for messages."""
+
+    token_ids: Tensor
+    positions: Tensor
+    row: int
+
+
+def sequences_in(dataset: Dataset) -> Iterator[Wanted]:
+    """A prepared data set, packed or not, taken apart into its samples."""
+    for row in dataset:
+        ids, labels, samples = (torch.tensor(row[column]) for column in ("input_ids", "labels", SAMPLE))
+        borders = (samples[1:] != samples[:-1]).nonzero()[:, 0] + 1
+        parts = (part.tensor_split(borders) for part in (ids, labels, samples))
+        for own, own_labels, sample in zip(*parts, strict=True):
+            positions = (own_labels[1:] != IGNORED_LABEL).nonzero()[:, 0]
+            if len(positions):
+                yield Wanted(own, positions, int(sample[0]) + 1)
+
+
+def distinct(wanted: Iterable[Wanted]) -> list[Wanted]:
+    """Each sequence once, where it first stands, with the positions of all its masks."""
+    found: dict[bytes, Wanted] = {}
+    for one in wanted:
+        key = one.token_ids.numpy().tobytes()
+        known = found.get(key)
+        found[key] = one if known is None else replace(known, positions=torch.cat([known.positions, one.positions]).unique())
+    return list(found.values())
 
 
 def require_known_tokens(dataset: Dataset, vocabulary: SharedVocabulary, name: str) -> None:

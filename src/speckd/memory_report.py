@@ -132,7 +132,7 @@ def _run_shape(
     student = _model_shape(str(settings.model.model_name_or_path), student_options(settings))
     if student_options(settings).get("device_map") is not None:
         raise _NotForeseen("the student has a device_map")
-    teacher, teacher_name = None, training.teacher_model_name_or_path
+    teacher, teacher_name = None, settings.teacher_model
     if teacher_name is not None:
         teacher = _model_shape(teacher_name, teacher_options(training, student.options["dtype"]))
     distils = training.objective().needs_teacher

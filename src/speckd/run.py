@@ -30,6 +30,7 @@ from speckd.errors import ConfigError
 from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings, student_options
+from speckd.teacher_sources import require_covered, source_elsewhere
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log
 from speckd.trl_internals import finish_from_checkpoint
@@ -114,7 +115,7 @@ def _trainer(
     adapter: Any,
 ) -> SpecKDTrainer:
     """Loads both models and prepares the data; refused, it leaves no folder behind."""
-    student_name, teacher_name = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
+    student_name, teacher_name = settings.model.model_name_or_path, settings.teacher_model
     student = loaded("model_name_or_path", str(student_name), lambda: _student(settings))
     teacher = None
     if teacher_name is not None:
@@ -123,9 +124,10 @@ def _trainer(
             teacher_name,
             lambda: load_teacher(teacher_name, settings.training, student.dtype),
         )
+    source = source_elsewhere(settings, tokenizers[0], student.get_output_embeddings().weight.shape[0])
     with _nothing_left_behind(output):
         try:
-            return SpecKDTrainer(
+            trainer = SpecKDTrainer(
                 model=student,
                 teacher_model=teacher,
                 args=settings.training,
@@ -135,7 +137,10 @@ def _trainer(
                 teacher_processing_class=tokenizers[1],
                 peft_config=adapter,
                 callbacks=[TrainingLog(output / "training_log.jsonl")],
+                teacher_source=source,
             )
+            require_covered(trainer)
+            return trainer
         except (ValueError, ImportError, OSError) as error:  # how TRL, PEFT and Transformers refuse a setting
             raise ConfigError(reason_of(error), "Correct the setting named there") from error
 
@@ -243,7 +248,7 @@ def _measured(trainer: SpecKDTrainer) -> dict[str, float]:
 
 def _warn_of_padding(trainer: SpecKDTrainer) -> None:
     """What lies outside the shared vocabulary is not trained: a fresh student may still believe in its head's padding."""
-    if trainer.teacher is None:
+    if trainer.source is None:
         return
     width = trainer.student.get_output_embeddings().weight.shape[0]
     outside = trainer.mass(trainer.student, trainer.vocabulary.outside(width))

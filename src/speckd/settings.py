@@ -63,6 +63,15 @@ class Settings:
     recipe: str | None
     given_by_user: frozenset[str] = frozenset()
 
+    @property
+    def teacher_model(self) -> str | None:
+        """The teacher that this process loads; None where its answers come from elsewhere, or where there is none."""
+        return self.training.teacher_model_name_or_path if self.training.teacher == "model" else None
+
+    @property
+    def teacher_elsewhere(self) -> bool:
+        return self.training.teacher in ("cache", "server")
+
 
 def student_options(settings: Settings) -> dict[str, Any]:
     """For the student's `from_pretrained`."""

@@ -21,13 +21,16 @@ from speckd.collation import (
     SAMPLE,
     DroppedRows,
     SampleCollator,
+    Wanted,
     as_token_batch,
+    distinct,
     keep_supervised,
     longest_row,
     mask_repeated,
     number_rows,
     require_isolation,
     require_known_tokens,
+    sequences_in,
     spread_sample_ids,
 )
 from speckd.compatibility import SharedVocabulary, shared_vocabulary
@@ -297,6 +300,12 @@ class SpecKDTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         if SAMPLE not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, SAMPLE]
+
+    def sequences(self) -> list[Wanted]:
+        """What a teacher will be asked about, in training and in evaluation, each sequence once."""
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        datasets = [self.train_dataset, *(dataset for dataset in held_out.values() if dataset is not None)]
+        return distinct(one for dataset in datasets for one in sequences_in(dataset))
 
     # ---- loss ----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,233 @@
+"""`speckd cache`: the teacher's answers for exactly the sequences that a run will train on and be measured by, kept on disk."""
+
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from speckd.collation import Wanted
+from speckd.compatibility import SharedVocabulary
+from speckd.engine import default_chunk_size
+from speckd.checks import load_tokenizers
+from speckd.errors import ConfigError
+from speckd.randomness import uniforms
+from speckd.run import leave_together, prepared_trainer, say_things_once
+from speckd.settings import Settings, load_settings
+from speckd.teachers.answers import Answer
+from speckd.teachers.layout import Compression, Kind, Layout
+from speckd.teachers.record import sequence_key
+from speckd.teachers.source import Question
+from speckd.teachers.store import StoreWriter
+from speckd.teacher_sources import of_run, written
+from speckd.tokens import supervised_rows, token_batch
+from speckd.trainer import SpecKDTrainer
+from speckd.types import IGNORED_LABEL, DenseSignal, TeacherRows, TopKSignal
+
+logger = logging.getLogger(__name__)
+
+#: A shard is what is lost when a capture is killed, and what one process works on: some seconds to minutes of a teacher.
+SHARD_BYTES = 32 * 2**20
+_SHARD_ANSWERS = 2**17
+_STREAM = 3  # of random draws, apart from the gates' and the scrambling's
+
+
+def capture(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
+    """Fills `teacher_cache_dir`; returns it. Killed and started again, it goes on, to the same bytes.
+
+    Raises:
+        SpeckdError: for whatever the user can mend.
+    """
+    settings = load_settings(config, recipe, flags)
+    settings = replace(settings, training=replace(settings.training, teacher="model"))
+    say_things_once(settings)
+    folder = _folder(settings)
+    output = Path(str(settings.training.output_dir or folder))
+    trainer = prepared_trainer(settings, output)
+    wanted = trainer.sequences()
+    layout = layout_of(settings, trainer.vocabulary)
+    shards = cut_into_shards(wanted, layout)
+    _announce(wanted, layout, len(shards), folder)
+    keys = [[sequence_key(one.token_ids) for one in shard] for shard in shards]
+    writer = StoreWriter.open(folder, layout, provenance(settings, trainer), keys)
+    process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    own = [number for number in writer.missing() if number % processes == process]
+    trainer.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    if len(own) < len(shards[process::processes]):
+        logger.info("%d of %d shards are there already.", len(shards[process::processes]) - len(own), len(shards))
+    answers = Answers(trainer, layout, settings.training.effective_gate_seed)
+    with tqdm(total=sum(len(one.positions) for number in own for one in shards[number]), unit=" tokens", desc="Caching") as bar:
+        for number in own:
+            writer.write(number, _counted(answers.of(shards[number]), bar))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        writer.publish()
+        logger.info("The cache is in %s: 'teacher: cache' with teacher_cache_dir uses it.", folder)
+    leave_together(trainer)
+    return folder
+
+
+def _folder(settings: Settings) -> Path:
+    if settings.training.teacher_cache_dir is None:
+        raise ConfigError("teacher_cache_dir is not set", "Say where the cache goes: --teacher_cache_dir FOLDER")
+    return Path(settings.training.teacher_cache_dir)
+
+
+def layout_of(settings: Settings, vocabulary: SharedVocabulary) -> Layout:
+    args, kind, size = settings.training, Kind(settings.training.teacher_cache_kind), vocabulary.size
+    width, draws = {
+        Kind.TOP_K: (args.teacher_top_k, 0),
+        Kind.SAMPLED: (min(args.teacher_cache_samples, size), args.teacher_cache_samples),
+        Kind.FULL: (size, 0),
+    }[kind]
+    return Layout(kind, size, min(width, size), args.teacher_cache_bits, Compression(args.teacher_cache_compression), draws)
+
+
+def provenance(settings: Settings, trainer: SpecKDTrainer) -> dict[str, Any]:
+    """Where answers come from: what a run that uses them must agree with, name by name."""
+    args = settings.training
+    tokenizer, _ = load_tokenizers(settings, conversational=False)  # as a run finds it: the trainer may have changed its template
+    return {
+        **of_run(settings, tokenizer),
+        "teacher": args.teacher_model_name_or_path,
+        "teacher_revision": args.teacher_model_revision or "main",
+        "teacher_dtype": str(trainer.teacher.dtype),
+        "vocabulary": written(trainer.vocabulary),
+        "temperature": 1.0,
+    }
+
+
+# ---- which sequences -------------------------------------------------------------------------------------------------------
+
+
+def cut_into_shards(wanted: Sequence[Wanted], layout: Layout) -> list[list[Wanted]]:
+    """Neighbours, as many as fill a shard; a matter of data and layout alone, so that every process finds the same."""
+    most = max(1, min(_SHARD_ANSWERS, int(SHARD_BYTES / layout.bytes_per_token())))
+    shards: list[list[Wanted]] = []
+    held = most
+    for one in wanted:
+        if held >= most:
+            shards.append([])
+            held = 0
+        shards[-1].append(one)
+        held += len(one.positions)
+    return shards
+
+
+def _announce(wanted: Sequence[Wanted], layout: Layout, shards: int, folder: Path) -> None:
+    tokens, answers = sum(len(one.token_ids) for one in wanted), sum(len(one.positions) for one in wanted)
+    needed = layout.estimated_bytes(len(wanted), tokens, answers)
+    place = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    logger.info(
+        "Cache: %s sequences, %s answered tokens, %s each (%s, %d bits): about %s in %d shards; %s are free.",
+        f"{len(wanted):,}",
+        f"{answers:,}",
+        f"{layout.bytes_per_token():,.0f} bytes",
+        f"top {layout.width}" if layout.kind is Kind.TOP_K else layout.kind,
+        layout.precision,
+        _size(needed),
+        shards,
+        _size(free),
+    )
+    if needed > free:
+        raise ConfigError(
+            f"teacher_cache_dir: the cache takes about {_size(needed)}, but {place} has {_size(free)} free",
+            "Lower teacher_top_k, take teacher_cache_bits: 16, or name a folder on a larger disk",
+        )
+
+
+def _size(count: float) -> str:
+    step = min(4, int(math.log(max(count, 1), 1024)))
+    return f"{count / 1024**step:,.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[step]}"
+
+
+def _counted(answers: Iterable[tuple[Tensor, Answer]], bar: Any) -> Iterator[tuple[Tensor, Answer]]:
+    for token_ids, answer in answers:
+        yield token_ids, answer
+        bar.update(len(answer.positions))
+
+
+# ---- the answers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Asks the run's own teacher, batch by batch, and keeps of its distribution what the layout says."""
+
+    trainer: SpecKDTrainer
+    layout: Layout
+    seed: int
+
+    def of(self, shard: Sequence[Wanted]) -> Iterator[tuple[Tensor, Answer]]:
+        """One shard's, in its order; asked in batches of about equal length."""
+        found: dict[int, Answer] = {}
+        order = sorted(range(len(shard)), key=lambda place: (-len(shard[place].token_ids), place))
+        size = self.trainer.args.per_device_train_batch_size
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            found |= zip(places, self._batch([shard[place] for place in places]), strict=True)
+        for place, one in enumerate(shard):
+            yield one.token_ids, found[place]
+
+    @torch.no_grad()
+    def _batch(self, asked: Sequence[Wanted]) -> Iterator[Answer]:
+        source = self.trainer.source
+        assert source is not None
+        labels = [torch.full_like(one.token_ids, IGNORED_LABEL) for one in asked]
+        for own, one in zip(labels, asked, strict=True):
+            own[one.positions + 1] = one.token_ids[one.positions + 1]
+        device = self.trainer.accelerator.device
+        ids = pad_sequence([one.token_ids for one in asked], batch_first=True).to(device)
+        mask = pad_sequence([torch.ones_like(one.token_ids) for one in asked], batch_first=True).to(device)
+        targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL).to(device)
+        batch = token_batch(ids, source.vocabulary.labels(targets), mask)
+        rows = supervised_rows(batch)
+        answers = source.launch(Question({"input_ids": ids, "attention_mask": mask}, batch, rows)).rows()
+        samples = torch.tensor([int.from_bytes(sequence_key(one.token_ids)[:4], "little") for one in asked], device=device)
+        parts = [
+            self._kept(answers, rows.index[some], rows.labels[some], samples[rows.keys.sample[some]], rows.keys.position[some])
+            for some in torch.arange(len(rows), device=device).split(default_chunk_size(self.layout.vocabulary_size))
+        ]
+        whole = [None if column[0] is None else torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+        start = 0
+        for one in asked:
+            token_ids, log_probs, own = (None if column is None else column[start : start + len(one.positions)] for column in whole)
+            start += len(one.positions)
+            assert log_probs is not None
+            assert own is not None
+            yield Answer(one.positions, token_ids, log_probs, own, ranked=self.layout.kind is not Kind.SAMPLED)
+
+    def _kept(
+        self, answers: TeacherRows, index: Tensor, labels: Tensor, samples: Tensor, positions: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Of some rows: token ids (None: all), log-probabilities, those of the labels."""
+        signal, width = answers.signal(index), self.layout.width
+        own = signal.label_log_prob(labels)
+        if isinstance(signal, TopKSignal):
+            return signal.token_ids[:, :width], signal.log_probs[:, :width], own
+        if self.layout.kind is Kind.FULL:
+            return None, signal.log_probs, own
+        if self.layout.kind is Kind.TOP_K:
+            ids = signal.logits.topk(width).indices
+            return ids, signal.log_prob(ids), own
+        return *self._drawn(signal, samples, positions), own
+
+    def _drawn(self, signal: DenseSignal, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens drawn from the teacher and the logarithms of how often, most often first; others, never drawn, at −inf.
+
+        Sparse Logit Sampling (Anshumann et al. 2025), at temperature 1: without bias for any divergence linear in p.
+        """
+        draws = uniforms(self.seed, 0, samples, positions, self.layout.draws, stream=_STREAM)[..., 0]
+        drawn = signal.sample(draws.to(signal.logits.device))
+        counts = torch.zeros_like(signal.logits)
+        counts.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
+        most = counts.topk(self.layout.width)
+        return most.indices, (most.values / self.layout.draws).log()

@@ -1,0 +1,50 @@
+"""A teacher whose answers were captured before: read from a folder, the teacher itself need not be there."""
+
+from dataclasses import dataclass
+
+from speckd.compatibility import SharedVocabulary
+from speckd.spans import TEACHER_FORWARD, span
+from speckd.teachers.answers import rows_of
+from speckd.teachers.layout import Kind
+from speckd.teachers.source import Question
+from speckd.teachers.store import Store
+from speckd.tokens import sequences
+from speckd.types import Capabilities, TeacherRows
+
+
+@dataclass(frozen=True)
+class CachedSource:
+    """Answers by what the store holds for exactly these tokens, whatever their order, epoch or batch."""
+
+    store: Store
+    vocabulary: SharedVocabulary
+
+    @property
+    def capabilities(self) -> Capabilities:
+        layout = self.store.layout
+        return Capabilities() if layout.kind is Kind.FULL else Capabilities(layout.width, layout.kind is Kind.TOP_K)
+
+    def expect(self, question: Question) -> None:
+        """The operating system reads ahead by itself."""
+
+    def launch(self, question: Question) -> "ReadAnswer":
+        """Reads at once.
+
+        Raises:
+            StoreError: a sequence or a position is not there, or is damaged.
+        """
+        with span(TEACHER_FORWARD):
+            asked = list(sequences(question.tokens, question.rows))
+            answers = [self.store.answer(one.token_ids, one.positions) for one in asked]
+            return ReadAnswer(rows_of(asked, answers, question.rows.index, question.tokens.input_ids.numel()))
+
+    def close(self) -> None:
+        self.store.close()
+
+
+@dataclass(frozen=True)
+class ReadAnswer:
+    answer: TeacherRows
+
+    def rows(self) -> TeacherRows:
+        return self.answer
