@@ -32,5 +32,9 @@ class CapabilityError(SpeckdError):
     """The teacher's signal does not hold what a gate or divergence needs."""
 
 
+class StoreError(SpeckdError):
+    """Cached teacher answers that are damaged, of something else, or cannot be written: the file is named."""
+
+
 class NonFiniteError(SpeckdError):
     """Logits or losses that are NaN or infinite: raised before the optimizer sees them."""

@@ -1,0 +1,325 @@
+"""One sequence's answers as bytes, and back.
+
+A record is a header (`HEADER`), then a body: a bitmap of the answered positions; how many tokens each has, where they were
+drawn; the token ids; the log-probabilities, or counts; the log-probabilities of the tokens that follow, always in float32. All
+numbers are little-endian. A compressed body has its numbers taken apart by significance first, and differences along K in place
+of the values.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from speckd.errors import StoreError
+from speckd.teachers.answers import Answer
+from speckd.teachers.codes import (
+    NEVER,
+    Bytes,
+    Codes,
+    Rounding,
+    Values,
+    decoded,
+    full_codes,
+    pack_ids,
+    packed_size,
+    ranked_codes,
+    rounding,
+    unpack_ids,
+)
+from speckd.teachers.layout import FULL_ORDERED, Compression, Kind, Layout
+
+KEY_BYTES = 16
+#: Key; tokens of the sequence; answered positions; entries (ids or log-probabilities) in all; bytes of the body as stored.
+HEADER = struct.Struct("<16sIIQQ")
+_LABEL_TOLERANCE = 1e-2
+_MASS_TOLERANCE = 1e-4
+_AT_ONCE = 2**22  # log-probabilities of a whole vocabulary that are rounded at once
+
+
+def sequence_key(token_ids: Tensor) -> bytes:
+    """[T] -> BLAKE2b-128 of the ids as little-endian 32-bit numbers: what a sequence is found by."""
+    return blake2b(token_ids.numpy().astype("<u4").tobytes(), digest_size=KEY_BYTES).digest()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A record, and what is known of it."""
+
+    data: bytes
+    tokens: int
+    answers: int
+    rounding: Rounding
+
+
+def encode(token_ids: Tensor, answer: Answer, layout: Layout) -> Encoded:
+    """One sequence's answers as bytes.
+
+    Raises:
+        StoreError: an answer that cannot be one to these tokens, or does not fit the layout.
+    """
+    check(token_ids, answer, layout)
+    answered, positions = len(answer.positions), np.zeros(len(token_ids), dtype=np.uint8)
+    positions[answer.positions.numpy()] = 1
+    values, given = answer.log_probs.numpy().astype("<f4", copy=False), np.ascontiguousarray(answer.label_log_probs.numpy())
+    parts, lost, entries = [np.packbits(positions, bitorder="little").tobytes()], Rounding(), answered * layout.width
+    apart = layout.compression is not Compression.NONE
+    match layout.kind:
+        case Kind.SAMPLED:
+            counts = _counts(values, layout.draws)
+            some, entries = counts > 0, int((counts > 0).sum())
+            parts.append(_bytes(some.sum(-1).astype("<u4"), apart))
+            parts.append(pack_ids(_ids(answer)[some], layout.id_bits))
+            parts.append(_bytes(counts[some].astype(f"<u{layout.count_bytes}"), apart))
+        case Kind.TOP_K:
+            kept: Codes | Values = values
+            if layout.precision == 16:
+                kept = ranked_codes(values, tail=layout.width < layout.vocabulary_size)
+                lost = rounding(values, kept)
+            parts += [pack_ids(_ids(answer).reshape(-1), layout.id_bits), _bytes(_steps(kept) if apart else kept, apart)]
+        case Kind.FULL:
+            kept = values
+            if layout.precision == 16:
+                rows = max(1, _AT_ONCE // layout.width)
+                blocks = [values[start : start + rows] for start in range(0, answered, rows)]
+                codes = [full_codes(block, FULL_ORDERED) for block in blocks]
+                lost = sum((rounding(block, code) for block, code in zip(blocks, codes, strict=True)), Rounding())
+                kept = np.concatenate([np.empty((0, layout.width), dtype="<u2"), *codes])
+            parts.append(_bytes(kept, apart))
+    body = b"".join([*parts, _bytes(given.astype("<f4"), apart)])
+    stored = zlib.compress(body) if apart else body
+    header = HEADER.pack(sequence_key(token_ids), len(token_ids), answered, entries, len(stored))
+    return Encoded(header + stored, len(token_ids), answered, lost)
+
+
+def check(token_ids: Tensor, answer: Answer, layout: Layout) -> None:
+    """What any answer to these tokens fulfils, also that it is not about other tokens than those that follow.
+
+    Raises:
+        StoreError: naming what does not hold.
+    """
+    positions, log_probs, ids = answer.positions, answer.log_probs, answer.token_ids
+    shape = (len(positions), layout.width)
+    facts = {
+        f"log-probabilities are {tuple(log_probs.shape)}, not {shape}": log_probs.shape == shape,
+        "token ids are of another shape": (ids is None) == (layout.kind is Kind.FULL) and (ids is None or ids.shape == shape),
+        "there is not one label log-probability a position": answer.label_log_probs.shape == shape[:1],
+        "log-probabilities are not float32": log_probs.dtype == answer.label_log_probs.dtype == torch.float32,
+        f"the tokens' order does not fit a {layout.kind} cache": answer.ranked == (layout.kind is not Kind.SAMPLED),
+        "positions do not ascend": bool((positions.diff() > 0).all()),
+        f"positions lie outside a sequence of {len(token_ids)} tokens": not len(positions)
+        or (int(positions[0]) >= 0 and int(positions[-1]) < len(token_ids) - 1),
+    }
+    _require(facts)
+    labels = answer.label_log_probs
+    following = token_ids[positions + 1]
+    _require(
+        {
+            "a log-probability is not a number, or above 0": _at_most_zero(log_probs) and _at_most_zero(labels),
+            "log-probabilities sum to more than 1": bool((log_probs.double().exp().sum(-1) <= 1 + _MASS_TOLERANCE).all()),
+            "a token of the sequence is outside the vocabulary": not len(token_ids)
+            or (int(token_ids.min()) >= 0 and int(token_ids.max()) < layout.vocabulary_size),
+        }
+    )
+    if ids is None:
+        known = log_probs.gather(-1, following[:, None])[:, 0]
+        return _require({_OTHER_TOKEN: _near(known, labels)})
+    _require(
+        {
+            "a token id is outside the vocabulary": not ids.numel()
+            or (int(ids.min()) >= 0 and int(ids.max()) < layout.vocabulary_size),
+            "a token is named twice at one position": bool((ids.sort(-1).values.diff(dim=-1) > 0).all()),
+        }
+    )
+    if answer.ranked:
+        found = ids == following[:, None]
+        known = torch.where(found, log_probs, -torch.inf).amax(-1)
+        last = log_probs[:, -1]
+        inside = found.any(-1)
+        _require(
+            {
+                "the most probable token is not first": bool((log_probs[:, 1:] <= log_probs[:, :-1]).all()),
+                _OTHER_TOKEN: _near(known[inside], labels[inside])
+                and bool((labels <= last + _LABEL_TOLERANCE * (1 + last.abs()))[~inside].all()),
+            }
+        )
+
+
+_OTHER_TOKEN = "the label's log-probability contradicts the tokens' (an answer about another token, or one place off)"
+
+
+def _require(facts: dict[str, bool]) -> None:
+    for wrong, holds in facts.items():
+        if not holds:
+            raise StoreError(f"the teacher's answer cannot be kept: {wrong}", "Ask the teacher about exactly these tokens")
+
+
+def _at_most_zero(log_probs: Tensor) -> bool:
+    return bool((log_probs <= _MASS_TOLERANCE).all())  # NaN is not
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() <= _LABEL_TOLERANCE * (1 + b.abs())).logical_or(a == b).all())
+
+
+def body_size(layout: Layout, tokens: int, answered: int, entries: int) -> int:
+    """Bytes of a record's body before compression."""
+    ids = 0 if layout.kind is Kind.FULL else packed_size(entries, layout.id_bits)
+    lengths, each = (4 * answered, layout.count_bytes) if layout.kind is Kind.SAMPLED else (0, layout.precision // 8)
+    return (tokens + 7) // 8 + lengths + ids + entries * each + 4 * answered
+
+
+def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor | None = None) -> Answer:
+    """The answers at these positions, all by default.
+
+    Raises:
+        StoreError: a record of other tokens, or one that is none; a position without an answer.
+    """
+    body, answered, entries = _body(record, token_ids, layout)
+    reader = _Reader(body, layout.compression is not Compression.NONE)
+    flags = np.unpackbits(reader.raw((len(token_ids) + 7) // 8), bitorder="little")
+    there = np.flatnonzero(flags)
+    if len(there) != answered or (answered and there[-1] >= len(token_ids) - 1):
+        raise _damaged("its positions are not as many as it says")
+    ids: npt.NDArray[np.int64] | None = None
+    match layout.kind:
+        case Kind.SAMPLED:
+            ids, log_probs = _padded(reader, answered, entries, layout)
+        case Kind.TOP_K:
+            ids = unpack_ids(reader.raw(packed_size(entries, layout.id_bits)), entries, layout.id_bits)
+            ids = ids.reshape(answered, layout.width)
+            log_probs = _log_probs(reader, answered, layout, steps=reader.apart)
+        case Kind.FULL:
+            log_probs = _log_probs(reader, answered, layout, steps=False)
+    labels = torch.from_numpy(reader.numbers("<f4", answered).astype(np.float32))
+    if ids is not None and ids.size and ids.max() >= layout.vocabulary_size:
+        raise _damaged("it names a token outside the vocabulary")
+    token_ids_there = None if ids is None else torch.from_numpy(ids)
+    whole = Answer(torch.from_numpy(there), token_ids_there, log_probs, labels, layout.kind is not Kind.SAMPLED)
+    if positions is None or torch.equal(positions, whole.positions):
+        return whole
+    try:
+        return whole.at(positions)
+    except KeyError:
+        raise StoreError(
+            "the cache holds this sequence, but not at all the positions that are trained on",
+            "Capture again with this run's settings: what is supervised has changed",
+        ) from None
+
+
+def _body(record: bytes, token_ids: Tensor, layout: Layout) -> tuple[Bytes, int, int]:
+    """The body, decompressed to no more than the header's numbers allow, answered positions and entries."""
+    if len(record) < HEADER.size:
+        raise _damaged("it is cut short")
+    key, tokens, answered, entries, stored = HEADER.unpack_from(record)
+    if key != sequence_key(token_ids) or tokens != len(token_ids):
+        raise _damaged("it is of another sequence")
+    wrong = entries > answered * layout.width if layout.kind is Kind.SAMPLED else entries != answered * layout.width
+    if answered > max(0, tokens - 1) or wrong or stored != len(record) - HEADER.size:
+        raise _damaged("its header contradicts itself")
+    body, size = record[HEADER.size :], body_size(layout, tokens, answered, entries)
+    if layout.compression is Compression.ZLIB:
+        inflate = zlib.decompressobj()
+        try:
+            body = inflate.decompress(body, size + 1)
+        except zlib.error as error:
+            raise _damaged(f"it cannot be decompressed ({error})") from None
+        if not inflate.eof or inflate.unused_data:
+            raise _damaged("it decompresses to another size than it says")
+    if len(body) != size:
+        raise _damaged("its body has another size than its header says")
+    return np.frombuffer(body, dtype=np.uint8), answered, entries
+
+
+def _damaged(how: str) -> StoreError:
+    return StoreError(f"a record is damaged: {how}", "Delete its shard and run `speckd cache` again: it makes what is missing")
+
+
+class _Reader:
+    """Takes a body apart from front to back. `apart`: its numbers are laid out by significance."""
+
+    def __init__(self, body: Bytes, apart: bool) -> None:
+        self._body, self._at, self.apart = body, 0, apart
+
+    def raw(self, size: int) -> Bytes:
+        self._at += size
+        return self._body[self._at - size : self._at]
+
+    def numbers(self, kind: str, count: int) -> npt.NDArray[np.generic]:
+        width = np.dtype(kind).itemsize
+        raw = self.raw(count * width)
+        if not self.apart:
+            return raw.view(kind)
+        return np.ascontiguousarray(raw.reshape(width, count).T).reshape(-1).view(kind)
+
+
+def _log_probs(reader: _Reader, answered: int, layout: Layout, steps: bool) -> Tensor:
+    if layout.precision == 16:
+        codes: Codes = reader.numbers("<u2", answered * layout.width).reshape(answered, layout.width).astype("<u2", copy=False)
+        codes = np.cumsum(codes, axis=-1, dtype="<u2") if steps else codes
+        if codes.size and codes.max() > NEVER:
+            raise _damaged("a log-probability is not a number")
+        return decoded(codes)
+    bits = reader.numbers("<u4", answered * layout.width).reshape(answered, layout.width)
+    bits = np.cumsum(bits, axis=-1, dtype="<u4") if steps else bits.copy()
+    return torch.from_numpy(bits.view("<f4").astype(np.float32, copy=False))
+
+
+def _padded(reader: _Reader, answered: int, entries: int, layout: Layout) -> tuple[npt.NDArray[np.int64], Tensor]:
+    """Rows of drawn tokens, filled up to K with the smallest ids that are not in the row, at −inf."""
+    lengths = reader.numbers("<u4", answered).astype(np.int64)
+    if lengths.sum() != entries or (lengths > layout.width).any():
+        raise _damaged("its rows are not as long as it says")
+    drawn = unpack_ids(reader.raw(packed_size(entries, layout.id_bits)), entries, layout.id_bits)
+    counts = reader.numbers(f"<u{layout.count_bytes}", entries).astype(np.float64)
+    some = np.arange(layout.width) < lengths[:, None]
+    ids, log_probs = np.zeros(some.shape, dtype=np.int64), np.full(some.shape, -np.inf, dtype=np.float32)
+    ids[some], log_probs[some] = drawn, np.log(counts / layout.draws)
+    ids[~some] = _fill(ids, some, lengths, min(layout.vocabulary_size, 2 * layout.width))
+    return ids, torch.from_numpy(log_probs)
+
+
+def _fill(
+    ids: npt.NDArray[np.int64], some: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64], candidates: int
+) -> npt.NDArray[np.int64]:
+    free = np.ones((len(ids), candidates), dtype=bool)
+    row, _ = np.nonzero(some & (ids < candidates))
+    free[row, ids[some & (ids < candidates)]] = False
+    wanted = some.shape[-1] - lengths
+    return np.nonzero(free & (np.cumsum(free, -1) <= wanted[:, None]))[1]
+
+
+def _ids(answer: Answer) -> npt.NDArray[np.int64]:
+    assert answer.token_ids is not None
+    ids: npt.NDArray[np.int64] = answer.token_ids.numpy()
+    return ids
+
+
+def _counts(log_probs: Values, draws: int) -> npt.NDArray[np.int64]:
+    """[n, K] how often each was drawn: exact, since log_probs are log(count / S)."""
+    counts = np.rint(np.exp(log_probs.astype(np.float64)) * draws)
+    with np.errstate(divide="ignore"):
+        again = np.log(counts / draws)
+    near = (np.abs(again - log_probs) < 1e-5) | (again == log_probs)
+    if not near.all() or (counts.sum(-1) > draws).any():
+        raise StoreError(
+            f"log-probabilities are not those of counts out of {draws} draws", "Give log(count / S), and −inf in the padding"
+        )
+    return counts.astype(np.int64)
+
+
+def _steps(values: Codes | Values) -> npt.NDArray[np.generic]:
+    """Each row's first bit pattern, then differences, modulo the width."""
+    bits = np.ascontiguousarray(values).view(f"<u{values.dtype.itemsize}")
+    return np.concatenate([bits[:, :1], bits[:, 1:] - bits[:, :-1]], -1)
+
+
+def _bytes(numbers: npt.NDArray[np.generic], apart: bool) -> bytes:
+    """Little-endian; where `apart`, all first bytes first."""
+    flat = np.ascontiguousarray(numbers).reshape(-1)
+    return flat.view(np.uint8).reshape(-1, flat.dtype.itemsize).T.tobytes() if apart else flat.tobytes()
