@@ -38,9 +38,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     output_dir: str | None = field(default=None, metadata={"help": "where the student, its card and its log are written"})
     teacher: str = field(
         default="model",
-        metadata={
-            "help": "where the teacher is: model (in this process), cache (a folder that 'speckd cache' filled) or server (vLLM, SGLang)"
-        },
+        metadata={"help": "where it is: model (in this process), cache (what 'speckd cache' kept) or server (vLLM, SGLang)"},
     )
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "path or hub id of the teacher"})
     teacher_model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the teacher"})
@@ -155,7 +153,9 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} is {getattr(self, key)}", "Give a number of tokens of at least 1")
         if self.teacher == "cache" and self.teacher_cache_dir is None:
-            raise ConfigError("teacher is cache, but teacher_cache_dir is not set", "Name the folder that 'speckd cache' filled")
+            raise ConfigError(
+                "teacher is cache, but teacher_cache_dir is not set", "Name the folder that 'speckd cache' filled"
+            )
 
     def chunk_size(self, vocabulary: int) -> int:
         """Tokens whose logits the loss holds at once: as given, or as many as the budget holds, up to what speed asks for.

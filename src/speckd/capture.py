@@ -4,8 +4,9 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,20 +14,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from speckd.checks import load_tokenizers
 from speckd.collation import Wanted
 from speckd.compatibility import SharedVocabulary
 from speckd.engine import default_chunk_size
-from speckd.checks import load_tokenizers
 from speckd.errors import ConfigError
 from speckd.randomness import uniforms
 from speckd.run import leave_together, prepared_trainer, say_things_once
 from speckd.settings import Settings, load_settings
+from speckd.teacher_sources import of_run, written
 from speckd.teachers.answers import Answer
 from speckd.teachers.layout import Compression, Kind, Layout
 from speckd.teachers.record import sequence_key
 from speckd.teachers.source import Question
 from speckd.teachers.store import StoreWriter
-from speckd.teacher_sources import of_run, written
 from speckd.tokens import supervised_rows, token_batch
 from speckd.trainer import SpecKDTrainer
 from speckd.types import IGNORED_LABEL, DenseSignal, TeacherRows, TopKSignal
@@ -45,12 +46,15 @@ def capture(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
     Raises:
         SpeckdError: for whatever the user can mend.
     """
-    settings = load_settings(config, recipe, flags)
-    settings = replace(settings, training=replace(settings.training, teacher="model"))
-    say_things_once(settings)
-    folder = _folder(settings)
-    output = Path(str(settings.training.output_dir or folder))
-    trainer = prepared_trainer(settings, output)
+    with TemporaryDirectory(prefix="speckd-cache-") as unused:  # a Trainer makes its output folder
+        settings = load_settings(config, recipe, [*flags, "--teacher", "model", "--output_dir", unused])
+        say_things_once(settings)
+        folder = _folder(settings)
+        _fill(folder, settings, prepared_trainer(settings, Path(unused)))
+    return folder
+
+
+def _fill(folder: Path, settings: Settings, trainer: SpecKDTrainer) -> None:
     wanted = trainer.sequences()
     layout = layout_of(settings, trainer.vocabulary)
     shards = cut_into_shards(wanted, layout)
@@ -71,7 +75,6 @@ def capture(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         writer.publish()
         logger.info("The cache is in %s: 'teacher: cache' with teacher_cache_dir uses it.", folder)
     leave_together(trainer)
-    return folder
 
 
 def _folder(settings: Settings) -> Path:
@@ -93,7 +96,9 @@ def layout_of(settings: Settings, vocabulary: SharedVocabulary) -> Layout:
 def provenance(settings: Settings, trainer: SpecKDTrainer) -> dict[str, Any]:
     """Where answers come from: what a run that uses them must agree with, name by name."""
     args = settings.training
-    tokenizer, _ = load_tokenizers(settings, conversational=False)  # as a run finds it: the trainer may have changed its template
+    tokenizer, _ = load_tokenizers(
+        settings, conversational=False
+    )  # as a run finds it: the trainer may have changed its template
     return {
         **of_run(settings, tokenizer),
         "teacher": args.teacher_model_name_or_path,
@@ -185,25 +190,23 @@ class Answers:
         for own, one in zip(labels, asked, strict=True):
             own[one.positions + 1] = one.token_ids[one.positions + 1]
         device = self.trainer.accelerator.device
-        ids = pad_sequence([one.token_ids for one in asked], batch_first=True).to(device)
+        tokens = pad_sequence([one.token_ids for one in asked], batch_first=True).to(device)
         mask = pad_sequence([torch.ones_like(one.token_ids) for one in asked], batch_first=True).to(device)
         targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL).to(device)
-        batch = token_batch(ids, source.vocabulary.labels(targets), mask)
+        batch = token_batch(tokens, source.vocabulary.labels(targets), mask)
         rows = supervised_rows(batch)
-        answers = source.launch(Question({"input_ids": ids, "attention_mask": mask}, batch, rows)).rows()
+        answers = source.launch(Question({"input_ids": tokens, "attention_mask": mask}, batch, rows)).rows()
         samples = torch.tensor([int.from_bytes(sequence_key(one.token_ids)[:4], "little") for one in asked], device=device)
-        parts = [
+        parts: list[tuple[Tensor | None, Tensor, Tensor]] = [
             self._kept(answers, rows.index[some], rows.labels[some], samples[rows.keys.sample[some]], rows.keys.position[some])
             for some in torch.arange(len(rows), device=device).split(default_chunk_size(self.layout.vocabulary_size))
         ]
-        whole = [None if column[0] is None else torch.cat(column).cpu() for column in zip(*parts, strict=True)]
-        start = 0
-        for one in asked:
-            token_ids, log_probs, own = (None if column is None else column[start : start + len(one.positions)] for column in whole)
-            start += len(one.positions)
-            assert log_probs is not None
-            assert own is not None
-            yield Answer(one.positions, token_ids, log_probs, own, ranked=self.layout.kind is not Kind.SAMPLED)
+        ids: list[Tensor] = [some for some, *_ in parts if isinstance(some, Tensor)]
+        log_probs, own = (torch.cat([part[place] for part in parts]).cpu() for place in (1, 2))
+        sizes = [len(one.positions) for one in asked]
+        chosen = torch.cat(ids).cpu().split(sizes) if ids else [None] * len(asked)
+        for one, some, values, of_label in zip(asked, chosen, log_probs.split(sizes), own.split(sizes), strict=True):
+            yield Answer(one.positions, some, values, of_label, ranked=self.layout.kind is not Kind.SAMPLED)
 
     def _kept(
         self, answers: TeacherRows, index: Tensor, labels: Tensor, samples: Tensor, positions: Tensor

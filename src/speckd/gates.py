@@ -59,6 +59,11 @@ def _require_positive(name: str, value: int) -> None:
         raise ConfigError(f"{name} is {value}", f"Use {name} of at least 1 (the paper's default is 5)")
 
 
+def _require_whole(rows: Rows, allow_lower_bound: bool, why: str) -> None:
+    if not allow_lower_bound:
+        rows.teacher.require_whole(rows.student_logits.shape[-1], why)
+
+
 @dataclass(frozen=True)
 class TopK:
     """Greedy Top-k: accepted iff the student's argmax is among the teacher's k most probable tokens."""
@@ -76,15 +81,21 @@ class TopK:
 
 @dataclass(frozen=True)
 class Spec:
-    """Spec-k: the student draws k candidates; accepted iff at least one passes `min(1, p/q)` with its own uniform."""
+    """Spec-k: the student draws k candidates; accepted iff at least one passes `min(1, p/q)` with its own uniform.
+
+    `allow_lower_bound`: with a teacher that gives its top-K only, a candidate inside is judged exactly and one outside counts
+    as rejected; without it, such a teacher is refused.
+    """
 
     monotone: ClassVar[bool] = True
     candidates: int = 5
+    allow_lower_bound: bool = False
 
     def __post_init__(self) -> None:
         _require_positive("candidates", self.candidates)
 
     def __call__(self, rows: Rows) -> Tensor:
+        _require_whole(rows, self.allow_lower_bound, "spec needs the teacher's probability of whatever the student draws")
         keys = rows.keys
         draws = uniforms(keys.seed, keys.epoch, keys.sample, keys.position, self.candidates)
         candidates = propose_candidates(rows, draws[..., 0])
@@ -93,14 +104,19 @@ class Spec:
 
 @dataclass(frozen=True)
 class ExpectedSpec:
-    """Spec-k's probability of acceptance, `1 − TV(p, q)^k`, as a weight: the same on average, without variance. Ours."""
+    """Spec-k's probability of acceptance, `1 − TV(p, q)^k`, as a weight: the same on average, without variance. Ours.
+
+    `allow_lower_bound`: as of `Spec`.
+    """
 
     candidates: int = 5
+    allow_lower_bound: bool = False
 
     def __post_init__(self) -> None:
         _require_positive("candidates", self.candidates)
 
     def __call__(self, rows: Rows) -> Tensor:
+        _require_whole(rows, self.allow_lower_bound, "expected_spec needs the whole of the teacher's distribution")
         total_variation = 1 - rows.teacher.overlap(rows.student)
         return 1 - total_variation**self.candidates
 

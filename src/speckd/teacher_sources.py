@@ -34,7 +34,7 @@ def source_elsewhere(settings: Settings, tokenizer: Any, width: int) -> TeacherS
 
 
 def of_run(settings: Settings, tokenizer: Any) -> dict[str, Any]:
-    """What a run can say of itself, to be compared with a cache's provenance: the teacher's weights, too, where they are here."""
+    """What a run can say of itself, to be compared with a cache's provenance; of the teacher's weights, where they are here."""
     args = settings.training
     template = tokenizer.chat_template
     if args.chat_template_path is not None and Path(args.chat_template_path).is_file():
@@ -58,7 +58,7 @@ def _read(values: dict[str, Any]) -> SharedVocabulary:
 def _cached(settings: Settings, tokenizer: Any, width: int) -> CachedSource:
     store = Store.open(Path(str(settings.training.teacher_cache_dir)))
     store.require(of_run(settings, tokenizer))
-    vocabulary = _read(store.provenance["vocabulary"])
+    vocabulary = _read(store.manifest.provenance["vocabulary"])
     largest = vocabulary.size - 1 if vocabulary.ids is None else int(vocabulary.ids[-1])
     if largest >= width:
         raise ConfigError(
@@ -77,7 +77,7 @@ def require_covered(trainer: SpecKDTrainer) -> None:
     if not isinstance(trainer.source, CachedSource):
         return
     wanted = trainer.sequences()
-    missing = [one for one in wanted if not trainer.source.store.has(one.token_ids)]
+    missing = [one for one in wanted if one.token_ids not in trainer.source.store]
     if missing:
         raise DataError(
             f"teacher_cache_dir: {len(missing)} of {len(wanted)} sequences are not in the cache, first that of row "

@@ -85,6 +85,9 @@ class DenseSignal:
         some = [tiles.sample(tiles.softmax(self.logits[part]), draws[part]) for part in tiles.row_slices(self.logits)]
         return torch.cat(some) if some else draws.long()
 
+    def require_whole(self, vocabulary_size: int, why: str) -> None:
+        """It is."""
+
     def overlap(self, student: "DenseSignal") -> Tensor:
         """Σ_v min(p, q) = 1 − TV, [N]: the chance that one candidate drawn from the student is accepted."""
         some = [
@@ -168,6 +171,15 @@ class TopKSignal:
         self._require_ranks("the overlap with the student")
         return torch.minimum(student.log_prob(self.token_ids), self.log_probs).exp().sum(-1).clamp(max=1.0)
 
+    def require_whole(self, vocabulary_size: int, why: str) -> None:
+        """Refuses what needs the probability of any token, unless the K are all there are."""
+        if self.token_ids.shape[-1] < vocabulary_size:
+            raise CapabilityError(
+                f"{why}, but the teacher gives its top {self.token_ids.shape[-1]} only",
+                "Set gate_options: {allow_lower_bound: true}: exact inside these, a rejection outside; or use a teacher that gives "
+                "the whole vocabulary",
+            )
+
     def entropy(self) -> Tensor:
         """Entropy of the top-K and one tail bucket: a lower bound of the teacher's entropy."""
         probs = self.log_probs.exp()
@@ -224,6 +236,9 @@ class OptimisticSignal:
         """[N] ids -> [N] bool: fewer than k known tokens are above."""
         above = self.distinct & (self.logits > self._logit(token_ids[:, None]) + 2 * self.margin)
         return above.sum(-1) < k
+
+    def require_whole(self, vocabulary_size: int, why: str) -> None:
+        """Unknown tokens are answered for."""
 
     def overlap(self, student: DenseSignal) -> Tensor:
         return torch.ones_like(self.margin[:, 0])

@@ -44,8 +44,8 @@ K = 3
 GATES: dict[str, Any] = {
     "none": NoGate(),
     "top_k": TopK(K),
-    "spec": Spec(K),
-    "expected_spec": ExpectedSpec(K),
+    "spec": Spec(K, allow_lower_bound=True),
+    "expected_spec": ExpectedSpec(K, allow_lower_bound=True),
     "two_sided": TwoSided(K),
     "label_in_top_k": LabelInTopK(K),
     "label_ratio": LabelRatio(),

@@ -121,7 +121,7 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], str, str, str, dict[str, Any],
     "Spec-k needs every candidate": (own(gates.Spec, "__call__", spec_needs_all), "spec", "mask", "forward_kl", {}, None),
     "acceptance upside down": (own(gates, "verify_speculative", ratio_upside_down), "spec", "mask", "forward_kl", {}, None),
     "expected Spec-k without the power": (
-        lambda patch: patch.setitem(cases.GATES, "expected_spec", gates.ExpectedSpec(1)),
+        lambda patch: patch.setitem(cases.GATES, "expected_spec", gates.ExpectedSpec(1, allow_lower_bound=True)),
         *("expected_spec", "mask", "forward_kl", {}, None),
     ),
     "β ignored": (

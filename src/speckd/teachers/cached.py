@@ -39,7 +39,7 @@ class CachedSource:
             return ReadAnswer(rows_of(asked, answers, question.rows.index, question.tokens.input_ids.numel()))
 
     def close(self) -> None:
-        self.store.close()
+        """Nothing is held open."""
 
 
 @dataclass(frozen=True)

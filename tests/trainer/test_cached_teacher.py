@@ -1,0 +1,171 @@
+"""`speckd cache` and `teacher: cache`: a run from the cache is the run with the teacher in process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from speckd.cli import main
+from speckd.teachers.store import Store
+from tests.tiny import common_flags, log_of, run_cli, task_rows, write_model, write_rows
+from tests.trainer.conftest import World
+
+TOP_K = ["--gate", "top_k", "--gate_options", '{"verify_top_k": 60}', "--rejected", "mask"]
+STEPS = ["--max_steps", "6"]
+
+
+def flags_of(world: World, output: Path, *more: str) -> list[str]:
+    return [*common_flags(world.student, world.teacher, world.data, output), "--eval_dataset", str(world.data), *STEPS, *more]
+
+
+def cache_of(world: World, folder: Path, *more: str) -> list[str]:
+    """Fills a cache; the flags of a run that uses it."""
+    own = ["--teacher_cache_dir", str(folder), *more]
+    assert main(["cache", *flags_of(world, folder.parent / "unused", *own)]) == 0
+    assert not (folder.parent / "unused").exists()
+    return ["--teacher", "cache", "--teacher_cache_dir", str(folder)]
+
+
+def curve(output: Path, *names: str) -> list[list[float]]:
+    return [[entry[name] for entry in log_of(output)] for name in names]
+
+
+@pytest.fixture(scope="module")
+def in_process(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "in-process"
+    assert run_cli(flags_of(world, output, *TOP_K)) == 0
+    return output
+
+
+@pytest.mark.parametrize(
+    ("kept", "loss_error"),
+    [
+        (["--teacher_cache_kind", "full", "--teacher_cache_bits", "32"], 1e-6),
+        (["--teacher_top_k", "256", "--teacher_cache_bits", "32"], 1e-6),  # K = V
+        (["--teacher_top_k", "256"], 2e-3),  # half precision
+        (["--teacher_cache_kind", "full"], 2e-3),
+        (["--teacher_top_k", "256", "--teacher_cache_compression", "zlib"], 2e-3),
+    ],
+    ids=["full", "K = V", "K = V, 16 bits", "full, 16 bits", "zlib"],
+)
+def test_the_same_curve_as_with_the_teacher_in_process(
+    kept: list[str], loss_error: float, world: World, in_process: Path, tmp_path: Path
+) -> None:
+    use = cache_of(world, tmp_path / "cache", *kept)
+    assert run_cli(flags_of(world, tmp_path / "out", *TOP_K, *use)) == 0
+    found, wanted = (curve(output, "loss", "tar", "grad_norm") for output in (tmp_path / "out", in_process))
+    assert found[1] == pytest.approx(wanted[1], abs=1e-12), "the greedy gate's verdicts are exact"
+    assert found[0] == pytest.approx(wanted[0], rel=loss_error) and found[2] == pytest.approx(wanted[2], rel=5 * loss_error)
+
+
+def test_a_truncated_teacher_keeps_the_verdicts_and_bounds_the_loss(world: World, in_process: Path, tmp_path: Path) -> None:
+    """One step from one start: KL on the top-K and a tail is never above the whole (data processing)."""
+    use = cache_of(world, tmp_path / "cache", "--teacher_top_k", "64")
+    assert run_cli(flags_of(world, tmp_path / "out", *TOP_K, *use)) == 0
+    (found, tar), (whole, all_tar) = (curve(output, "loss", "tar") for output in (tmp_path / "out", in_process))
+    assert tar[0] == pytest.approx(all_tar[0], abs=1e-12) and 0 < found[0] <= whole[0] * (1 + 1e-5)
+    end = json.loads((tmp_path / "out" / "results.json").read_text())["end"]
+    assert {"kl_at_least", "alpha_at_least", "tar", "agreement", "teacher_nll"} <= end.keys() and not {
+        "kl",
+        "alpha",
+    } & end.keys()
+
+
+def test_order_epochs_batches_and_packing_do_not_matter(world: World, tmp_path: Path) -> None:
+    use = cache_of(world, tmp_path / "cache", "--teacher_cache_kind", "full", "--teacher_cache_bits", "32")
+    for name, how in {
+        "shuffled": "--train_sampling_strategy random --per_device_train_batch_size 5 --num_train_epochs 2",
+        "packed": "--packing true --max_length 128 --per_device_train_batch_size 2",
+    }.items():
+        for source, more in (("cached", use), ("whole", [])):
+            assert run_cli(flags_of(world, tmp_path / f"{name}-{source}", *how.split(), *more)) == 0
+        found, wanted = (curve(tmp_path / f"{name}-{source}", "loss") for source in ("cached", "whole"))
+        assert found[0] == pytest.approx(wanted[0], rel=2e-6)
+
+
+def test_the_teacher_need_not_be_there(world: World, tmp_path: Path, in_process: Path) -> None:
+    lent = shutil.copytree(world.teacher, tmp_path / "lent")
+    own = World(world.student, lent, world.data, world.place)
+    use = cache_of(own, tmp_path / "cache", "--teacher_cache_kind", "full", "--teacher_cache_bits", "32")
+    shutil.rmtree(lent)
+    flags = [*common_flags(world.student, None, world.data, tmp_path / "out"), *STEPS, *TOP_K, *use]
+    assert run_cli(flags) == 0
+    assert curve(tmp_path / "out", "loss")[0] == pytest.approx(curve(in_process, "loss")[0], rel=1e-6)
+
+
+def test_drawn_tokens_estimate_the_distribution_without_bias(world: World, tmp_path: Path) -> None:
+    """Sparse Logit Sampling: averaged over rows, what was drawn has the mass of the teacher's own distribution."""
+    cache_of(world, tmp_path / "whole", "--teacher_cache_kind", "full", "--teacher_cache_bits", "32")
+    cache_of(world, tmp_path / "drawn", "--teacher_cache_kind", "sampled", "--teacher_cache_samples", "200")
+    whole, drawn = Store.open(tmp_path / "whole"), Store.open(tmp_path / "drawn")
+    from speckd.tasks import build_tokenizer
+
+    gaps = []
+    for row in task_rows(24):
+        ids = torch.tensor([*build_tokenizer().encode(row["prompt"] + row["completion"]), 1])
+        if ids not in whole:
+            continue
+        exact, some = whole.answer(ids), drawn.answer(ids)
+        assert torch.equal(exact.label_log_probs, some.label_log_probs) and some.token_ids is not None and not some.ranked
+        seen = torch.zeros_like(exact.log_probs).scatter_(-1, some.token_ids, some.log_probs.exp())
+        assert torch.allclose(seen.sum(-1), torch.ones(len(seen)), atol=1e-5)
+        gaps.append((seen - exact.log_probs.exp()) / (exact.log_probs.exp() / 200).sqrt().clamp(min=1e-3))
+    z = torch.cat(gaps)
+    assert len(z) > 100 and abs(float(z.mean())) < 0.05 and 0.3 < float(z.std()) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        (["--gate", "top_k", "--gate_options", '{"verify_top_k": 5}'], "verify_top_k is 5, but the teacher gives its top 4"),
+        (["--gate", "spec"], "spec needs the teacher's probability of whatever the student draws"),
+        (["--gate", "none", "--divergence_temperature", "2"], "divergence_temperature is 2.0"),
+        (["--gate", "none", "--scrambled_teacher_fraction", "0.5"], "scrambled_teacher_fraction"),
+    ],
+    ids=["k above K", "spec", "temperature", "scrambled"],
+)
+def test_what_a_truncated_teacher_cannot_answer_is_refused_at_once(
+    gate: list[str], said: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    use = cache_of(world, tmp_path / "cache", "--teacher_top_k", "4")
+    capsys.readouterr()
+    assert run_cli(flags_of(world, tmp_path / "out", *gate, *use)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and said in error and not (tmp_path / "out").exists()
+
+
+def test_what_is_not_the_runs_own_cache_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    use = cache_of(world, tmp_path / "cache")
+    other = write_model(tmp_path / "other", seed=7, hidden=32, layers=2, width=256)
+    more_rows = write_rows(tmp_path / "more.jsonl", task_rows(30, seed=4))
+    for world_, more, said in (
+        (World(world.student, other, world.data, world.place), [], "teacher_weights"),
+        (
+            World(world.student, world.teacher, more_rows, world.place),
+            [],
+            "sequences are not in the cache, first that of row 1",
+        ),
+        (world, ["--max_length", "20"], "sequences are not in the cache"),
+        (world, ["--teacher_cache_dir", str(tmp_path / "none")], "no cached teacher"),
+    ):
+        capsys.readouterr()
+        assert run_cli(flags_of(world_, tmp_path / "out", *use, *more)) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_a_capture_that_is_there_already_is_not_made_again(world: World, tmp_path: Path) -> None:
+    cache_of(world, tmp_path / "cache")
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "cache").iterdir()}
+    cache_of(world, tmp_path / "cache")
+    assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "cache").iterdir()}
+
+
+def test_a_disk_too_small_is_said_before_the_first_forward(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 2000))  # type: ignore[attr-defined]
+    flags = flags_of(world, tmp_path / "unused", "--teacher_cache_dir", str(tmp_path / "cache"))
+    assert main(["cache", *flags]) == 2
+    assert "the cache takes about" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "cache").exists()
