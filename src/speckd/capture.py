@@ -187,8 +187,8 @@ class Answers:
         source = self.trainer.source
         assert source is not None
         labels = [torch.full_like(one.token_ids, IGNORED_LABEL) for one in asked]
-        for own, one in zip(labels, asked, strict=True):
-            own[one.positions + 1] = one.token_ids[one.positions + 1]
+        for target, one in zip(labels, asked, strict=True):
+            target[one.positions + 1] = one.token_ids[one.positions + 1]
         device = self.trainer.accelerator.device
         tokens = pad_sequence([one.token_ids for one in asked], batch_first=True).to(device)
         mask = pad_sequence([torch.ones_like(one.token_ids) for one in asked], batch_first=True).to(device)
@@ -197,27 +197,26 @@ class Answers:
         rows = supervised_rows(batch)
         answers = source.launch(Question({"input_ids": tokens, "attention_mask": mask}, batch, rows)).rows()
         samples = torch.tensor([int.from_bytes(sequence_key(one.token_ids)[:4], "little") for one in asked], device=device)
-        parts: list[tuple[Tensor | None, Tensor, Tensor]] = [
+        parts = [
             self._kept(answers, rows.index[some], rows.labels[some], samples[rows.keys.sample[some]], rows.keys.position[some])
             for some in torch.arange(len(rows), device=device).split(default_chunk_size(self.layout.vocabulary_size))
         ]
-        ids: list[Tensor] = [some for some, *_ in parts if isinstance(some, Tensor)]
-        log_probs, own = (torch.cat([part[place] for part in parts]).cpu() for place in (1, 2))
         sizes = [len(one.positions) for one in asked]
-        chosen = torch.cat(ids).cpu().split(sizes) if ids else [None] * len(asked)
-        for one, some, values, of_label in zip(asked, chosen, log_probs.split(sizes), own.split(sizes), strict=True):
-            yield Answer(one.positions, some, values, of_label, ranked=self.layout.kind is not Kind.SAMPLED)
+        columns = [torch.cat(column).cpu().split(sizes) for column in zip(*parts, strict=True)]
+        whole, ranked = self.layout.kind is Kind.FULL, self.layout.kind is not Kind.SAMPLED
+        for one, ids, log_probs, own in zip(asked, *columns, strict=True):
+            yield Answer(one.positions, None if whole else ids, log_probs, own, ranked)
 
     def _kept(
         self, answers: TeacherRows, index: Tensor, labels: Tensor, samples: Tensor, positions: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Of some rows: token ids (None: all), log-probabilities, those of the labels."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some rows: token ids (of the whole vocabulary, none), log-probabilities, those of the labels."""
         signal, width = answers.signal(index), self.layout.width
         own = signal.label_log_prob(labels)
         if isinstance(signal, TopKSignal):
             return signal.token_ids[:, :width], signal.log_probs[:, :width], own
         if self.layout.kind is Kind.FULL:
-            return None, signal.log_probs, own
+            return labels[:, None][:, :0], signal.log_probs, own
         if self.layout.kind is Kind.TOP_K:
             ids = signal.logits.topk(width).indices
             return ids, signal.log_prob(ids), own

@@ -176,8 +176,8 @@ class TopKSignal:
         if self.token_ids.shape[-1] < vocabulary_size:
             raise CapabilityError(
                 f"{why}, but the teacher gives its top {self.token_ids.shape[-1]} only",
-                "Set gate_options: {allow_lower_bound: true}: exact inside these, a rejection outside; or use a teacher that gives "
-                "the whole vocabulary",
+                "Set gate_options: {allow_lower_bound: true}, which is exact inside and rejects outside, or use a teacher that "
+                "gives the whole vocabulary",
             )
 
     def entropy(self) -> Tensor:
