@@ -1,4 +1,7 @@
-"""What a user did wrong, in one line: what is wrong and where, then the fix. The command line prints it and exits with 2."""
+"""What a user can mend, in one line: what is wrong and where, then the fix. The command line prints it and exits with a code.
+
+Exit codes: 2, a mistake to mend first; 4, the teacher's servers are lost, and the run can be resumed once they are back.
+"""
 
 
 class SpeckdError(Exception):
@@ -38,3 +41,9 @@ class StoreError(SpeckdError):
 
 class NonFiniteError(SpeckdError):
     """Logits or losses that are NaN or infinite: raised before the optimizer sees them."""
+
+
+class TeacherLostError(SpeckdError):
+    """No teacher's server answers, or none whose answers can be trusted. What was learnt until then stands."""
+
+    exit_code = 4

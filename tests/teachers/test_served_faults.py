@@ -1,0 +1,50 @@
+"""Whatever a server does: every answer is the fault-free one to the last bit, or the run ends with one clear line."""
+
+import pytest
+
+from speckd.errors import TeacherLostError
+from tests.teachers.episodes import BATCHES, BEHAVIOURS, QUESTIONS, SEEDS, Behaviour, Episode, play
+from tests.teachers.toy import same  # noqa: F401
+
+
+def holds(episode: Episode) -> None:
+    asked, answered, failed = episode.accounts
+    assert episode.wrong == 0
+    assert asked == answered + failed
+    if episode.error is None:
+        assert episode.answers == asked == answered == BATCHES * QUESTIONS
+    else:
+        assert isinstance(episode.error, TeacherLostError) and episode.error.exit_code == 4
+        assert "\n" not in str(episode.error) and "http://127.0.0.1:" in str(episode.error)
+        assert failed > 0
+
+
+def named(behaviour: Behaviour) -> str:
+    return behaviour.name
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=named)
+def test_one_server(behaviour: Behaviour, counted) -> None:
+    struck = 0
+    for seed in range(SEEDS):
+        episode = play(behaviour, seed)
+        holds(episode)
+        struck += episode.struck
+        if behaviour.ends is not None:
+            assert (episode.error is not None) == behaviour.ends, episode.error
+        counted()
+    assert struck > 0
+
+
+@pytest.mark.parametrize("behaviour", [b for b in BEHAVIOURS if b.ends is not False], ids=named)
+def test_another_server_takes_over(behaviour: Behaviour, counted) -> None:
+    """What ends a run with one server does not with two, of which one is well."""
+    for seed in range(max(1, SEEDS // 2)):
+        episode = play(behaviour, seed, healthy=1)
+        holds(episode)
+        assert episode.error is None
+        counted()
+
+
+def test_there_are_at_least_the_behaviours_of_the_programme() -> None:
+    assert len({behaviour.fault for behaviour in BEHAVIOURS}) >= 50
