@@ -55,25 +55,27 @@ def decoded(codes: Codes) -> torch.Tensor:
 def ranked_codes(log_probs: Values, tail: bool) -> Codes:
     """[n, K], most probable first: codes that grow exactly where the log-probabilities fall, and are equal where they are.
 
-    With a tail, each value goes up or down to one of its two neighbours in float16, whichever brings the sum of probabilities
-    so far nearer to the true one: so the tail, 1 − Σ, keeps its digits; without, to the nearest. A code that is not above that
-    of a more probable token is pushed up by one: where many values share a float16 the last may be as many codes off. If the
-    sum reached 1 even so, the whole row goes one code down, until it is below.
+    Without a tail each is the nearest; with one, of the two neighbours in float16 the one that brings the sum of probabilities
+    so far nearer to the true one, so that the tail, 1 − Σ, keeps its digits. Where more values share a float16 than there are
+    codes, they spread to either side: so far the last ones may be off. The sum stays below 1, and the tail is no less than half
+    of the true one: where rounding would have it otherwise, the least probable tokens go one code down.
 
     Raises:
         StoreError: finite values below what float16 holds.
     """
     values = np.minimum(log_probs, np.float32(0))
-    strict = np.zeros(values.shape, dtype=np.int32)
-    strict[:, 1:] = log_probs[:, 1:] < log_probs[:, :-1]
+    rising = np.zeros(values.shape, dtype=bool)
+    rising[:, 1:] = log_probs[:, 1:] < log_probs[:, :-1]
     nearest = _nearest(values)
-    codes = _balanced(values, nearest, strict) if tail else pushed(nearest, strict)
+    codes = np.minimum(spread(nearest, rising), NEVER)
+    if tail:
+        codes = _balanced(values, nearest, codes, rising)
     never = values == -np.inf
-    while (over := PROBABILITIES[np.where(never, NEVER, codes)].sum(-1) >= 1).any():
-        codes[over] += 1
-        _check_range(codes, never)
+    codes = np.where(never, NEVER, codes)
+    mass = np.minimum(np.exp(values.astype(np.float64)).sum(-1), 1)
+    _keep_below(codes, never, rising, (1 + mass) / 2)
     _check_range(codes, never)
-    return np.where(never, NEVER, codes).astype("<u2")
+    return codes.astype("<u2")
 
 
 def full_codes(log_probs: Values, ordered: int) -> Codes:
@@ -85,20 +87,24 @@ def full_codes(log_probs: Values, ordered: int) -> Codes:
     nearest = _nearest(values)
     top = torch.from_numpy(log_probs).topk(min(ordered, log_probs.shape[-1]), sorted=True)
     best, where = top.values.numpy(), top.indices.numpy()
-    strict = np.zeros(best.shape, dtype=np.int32)
-    strict[:, 1:] = best[:, 1:] < best[:, :-1]
-    codes = pushed(np.take_along_axis(nearest, where, -1), strict)
+    rising = np.zeros(best.shape, dtype=bool)
+    rising[:, 1:] = best[:, 1:] < best[:, :-1]
+    codes = spread(np.take_along_axis(nearest, where, -1), rising)
     after = np.maximum(nearest, codes[:, -1:] + (log_probs < best[:, -1:]))
+    after = np.where(log_probs == best[:, -1:], codes[:, -1:], after)  # a tie of the last one, moved with it
     np.put_along_axis(after, where, codes, -1)
     never = values == -np.inf
     _check_range(after, never)
     return np.where(never, NEVER, after).astype("<u2")
 
 
-def pushed(codes: npt.NDArray[np.int32], strict: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """The least codes, none below those given, that grow by one or more at a strict step and nowhere else than the given do."""
-    steps = np.cumsum(strict, axis=-1, dtype=np.int32)
-    return steps + np.maximum.accumulate(codes - steps, axis=-1)
+def spread(codes: npt.NDArray[np.int32], rising: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """[n, K] codes that do not fall -> the nearest (in the maximum norm) that grow where `rising`, and only there."""
+    steps = np.cumsum(rising, axis=-1, dtype=np.int32)
+    slack = codes - steps  # must not fall: half-way between the least sequence above it and the greatest below it
+    above = np.maximum.accumulate(slack, axis=-1)
+    below = np.minimum.accumulate(slack[:, ::-1], axis=-1)[:, ::-1]
+    return steps + np.maximum((above + below) >> 1, 0)
 
 
 def _nearest(values: Values) -> npt.NDArray[np.int32]:
@@ -106,22 +112,44 @@ def _nearest(values: Values) -> npt.NDArray[np.int32]:
     return (half.view("<u2") & 0x7FFF).astype(np.int32)
 
 
-def _balanced(values: Values, nearest: npt.NDArray[np.int32], strict: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """The codes of `ranked_codes` with a tail, one column after the other."""
+def _balanced(
+    values: Values, nearest: npt.NDArray[np.int32], codes: npt.NDArray[np.int32], rising: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int32]:
+    """Each code as it is or one beside it, whichever keeps the sum of probabilities; one column after the other."""
     known = -nearest.astype("<u2").view("<f2").astype(np.float32)
-    above = np.ascontiguousarray((nearest - (known < values)).T)  # the neighbour that is as probable, or more
-    true, rising = np.exp(values.T.astype(np.float64)), strict.T.astype(bool)
-    codes = np.empty_like(above)
+    moved = codes != nearest
+    above = np.ascontiguousarray((codes - (~moved & (known < values))).T)  # as probable as the value, or more
+    true, columns = np.exp(values.T.astype(np.float64)), rising.T.copy()
+    kept = np.empty_like(above)
     excess = np.zeros(len(values))
     last = np.full(len(values), -1, dtype=np.int32)
     for column, more in enumerate(above):
         less = np.minimum(more + 1, NEVER)
         target = true[column] - excess
         code = np.where(target - PROBABILITIES[less] < PROBABILITIES[more] - target, less, more)
-        code = np.where(rising[column], np.maximum(code, last + 1), last if column else code)
-        codes[column] = last = np.minimum(code, NEVER)
+        code = np.where(columns[column], np.maximum(code, last + 1), last if column else code)
+        kept[column] = last = np.minimum(code, NEVER)
         excess += PROBABILITIES[last] - true[column]
-    return np.ascontiguousarray(codes.T)
+    return np.ascontiguousarray(kept.T)
+
+
+def _keep_below(
+    codes: npt.NDArray[np.int32], never: npt.NDArray[np.bool_], rising: npt.NDArray[np.bool_], limit: npt.NDArray[np.float64]
+) -> None:
+    """Moves the ends of rows down, as short ones as will do, in place, until their sums of probabilities are below `limit`."""
+    places = np.arange(codes.shape[-1])
+    while True:
+        over = PROBABILITIES[codes].sum(-1) - limit
+        rows = np.flatnonzero(over >= 0)
+        if not len(rows):
+            return
+        lower = np.where(never[rows], NEVER, codes[rows] + 1)
+        _check_range(lower, never[rows])
+        gain = (PROBABILITIES[codes[rows]] - PROBABILITIES[lower])[:, ::-1].cumsum(-1)[:, ::-1]
+        first = np.maximum((gain > over[rows, None]).sum(-1) - 1, 0)
+        of_its_tie = np.maximum.accumulate(np.where(rising[rows], places, 0), axis=-1)  # equal ones stay equal
+        first = np.take_along_axis(of_its_tie, first[:, None], -1)
+        codes[rows] = np.where(places >= first, lower, codes[rows])
 
 
 def _check_range(codes: npt.NDArray[np.int32], never: npt.NDArray[np.bool_]) -> None:

@@ -32,13 +32,13 @@ from speckd.teachers.codes import (
     rounding,
     unpack_ids,
 )
+from speckd.teachers.draws import Drawn, drawn_of, padded
 from speckd.teachers.layout import FULL_ORDERED, Compression, Kind, Layout
+from speckd.teachers.plausible import require_answer
 
 KEY_BYTES = 16
 #: Key; tokens of the sequence; answered positions; entries (ids or log-probabilities) in all; bytes of the body as stored.
 HEADER = struct.Struct("<16sIIQQ")
-_LABEL_TOLERANCE = 1e-2
-_MASS_TOLERANCE = 1e-4
 _AT_ONCE = 2**22  # log-probabilities of a whole vocabulary that are rounded at once
 
 
@@ -63,7 +63,7 @@ def encode(token_ids: Tensor, answer: Answer, layout: Layout) -> Encoded:
     Raises:
         StoreError: an answer that cannot be one to these tokens, or does not fit the layout.
     """
-    check(token_ids, answer, layout)
+    require_answer(token_ids, answer, layout)
     answered, positions = len(answer.positions), np.zeros(len(token_ids), dtype=np.uint8)
     positions[answer.positions.numpy()] = 1
     values, given = answer.log_probs.numpy().astype("<f4", copy=False), np.ascontiguousarray(answer.label_log_probs.numpy())
@@ -71,11 +71,11 @@ def encode(token_ids: Tensor, answer: Answer, layout: Layout) -> Encoded:
     apart = layout.compression is not Compression.NONE
     match layout.kind:
         case Kind.SAMPLED:
-            counts = _counts(values, layout.draws)
-            some, entries = counts > 0, int((counts > 0).sum())
-            parts.append(_bytes(some.sum(-1).astype("<u4"), apart))
-            parts.append(pack_ids(_ids(answer)[some], layout.id_bits))
-            parts.append(_bytes(counts[some].astype(f"<u{layout.count_bytes}"), apart))
+            drawn = drawn_of(answer, layout)
+            entries = len(drawn.token_ids)
+            parts.append(_bytes(drawn.lengths.astype("<u4"), apart))
+            parts.append(pack_ids(drawn.token_ids, layout.id_bits))
+            parts.append(_bytes(drawn.counts.astype(f"<u{layout.count_bytes}"), apart))
         case Kind.TOP_K:
             kept: Codes | Values = values
             if layout.precision == 16:
@@ -95,76 +95,6 @@ def encode(token_ids: Tensor, answer: Answer, layout: Layout) -> Encoded:
     stored = zlib.compress(body) if apart else body
     header = HEADER.pack(sequence_key(token_ids), len(token_ids), answered, entries, len(stored))
     return Encoded(header + stored, len(token_ids), answered, lost)
-
-
-def check(token_ids: Tensor, answer: Answer, layout: Layout) -> None:
-    """What any answer to these tokens fulfils, also that it is not about other tokens than those that follow.
-
-    Raises:
-        StoreError: naming what does not hold.
-    """
-    positions, log_probs, ids = answer.positions, answer.log_probs, answer.token_ids
-    shape = (len(positions), layout.width)
-    facts = {
-        f"log-probabilities are {tuple(log_probs.shape)}, not {shape}": log_probs.shape == shape,
-        "token ids are of another shape": (ids is None) == (layout.kind is Kind.FULL) and (ids is None or ids.shape == shape),
-        "there is not one label log-probability a position": answer.label_log_probs.shape == shape[:1],
-        "log-probabilities are not float32": log_probs.dtype == answer.label_log_probs.dtype == torch.float32,
-        f"the tokens' order does not fit a {layout.kind} cache": answer.ranked == (layout.kind is not Kind.SAMPLED),
-        "positions do not ascend": bool((positions.diff() > 0).all()),
-        f"positions lie outside a sequence of {len(token_ids)} tokens": not len(positions)
-        or (int(positions[0]) >= 0 and int(positions[-1]) < len(token_ids) - 1),
-    }
-    _require(facts)
-    labels = answer.label_log_probs
-    following = token_ids[positions + 1]
-    _require(
-        {
-            "a log-probability is not a number, or above 0": _at_most_zero(log_probs) and _at_most_zero(labels),
-            "log-probabilities sum to more than 1": bool((log_probs.double().exp().sum(-1) <= 1 + _MASS_TOLERANCE).all()),
-            "a token of the sequence is outside the vocabulary": not len(token_ids)
-            or (int(token_ids.min()) >= 0 and int(token_ids.max()) < layout.vocabulary_size),
-        }
-    )
-    if ids is None:
-        known = log_probs.gather(-1, following[:, None])[:, 0]
-        return _require({_OTHER_TOKEN: _near(known, labels)})
-    _require(
-        {
-            "a token id is outside the vocabulary": not ids.numel()
-            or (int(ids.min()) >= 0 and int(ids.max()) < layout.vocabulary_size),
-            "a token is named twice at one position": bool((ids.sort(-1).values.diff(dim=-1) > 0).all()),
-        }
-    )
-    if answer.ranked:
-        found = ids == following[:, None]
-        known = torch.where(found, log_probs, -torch.inf).amax(-1)
-        last = log_probs[:, -1]
-        inside = found.any(-1)
-        _require(
-            {
-                "the most probable token is not first": bool((log_probs[:, 1:] <= log_probs[:, :-1]).all()),
-                _OTHER_TOKEN: _near(known[inside], labels[inside])
-                and bool((labels <= last + _LABEL_TOLERANCE * (1 + last.abs()))[~inside].all()),
-            }
-        )
-
-
-_OTHER_TOKEN = "the label's log-probability contradicts the tokens' (an answer about another token, or one place off)"
-
-
-def _require(facts: dict[str, bool]) -> None:
-    for wrong, holds in facts.items():
-        if not holds:
-            raise StoreError(f"the teacher's answer cannot be kept: {wrong}", "Ask the teacher about exactly these tokens")
-
-
-def _at_most_zero(log_probs: Tensor) -> bool:
-    return bool((log_probs <= _MASS_TOLERANCE).all())  # NaN is not
-
-
-def _near(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= _LABEL_TOLERANCE * (1 + b.abs())).logical_or(a == b).all())
 
 
 def body_size(layout: Layout, tokens: int, answered: int, entries: int) -> int:
@@ -189,7 +119,7 @@ def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor |
     ids: npt.NDArray[np.int64] | None = None
     match layout.kind:
         case Kind.SAMPLED:
-            ids, log_probs = _padded(reader, answered, entries, layout)
+            ids, log_probs = _drawn(reader, answered, entries, layout)
         case Kind.TOP_K:
             ids = unpack_ids(reader.raw(packed_size(entries, layout.id_bits)), entries, layout.id_bits)
             ids = ids.reshape(answered, layout.width)
@@ -270,47 +200,21 @@ def _log_probs(reader: _Reader, answered: int, layout: Layout, steps: bool) -> T
     return torch.from_numpy(bits.view("<f4").astype(np.float32, copy=False))
 
 
-def _padded(reader: _Reader, answered: int, entries: int, layout: Layout) -> tuple[npt.NDArray[np.int64], Tensor]:
-    """Rows of drawn tokens, filled up to K with the smallest ids that are not in the row, at −inf."""
+def _drawn(reader: _Reader, answered: int, entries: int, layout: Layout) -> tuple[npt.NDArray[np.int64], Tensor]:
     lengths = reader.numbers("<u4", answered).astype(np.int64)
     if lengths.sum() != entries or (lengths > layout.width).any():
         raise _damaged("its rows are not as long as it says")
     drawn = unpack_ids(reader.raw(packed_size(entries, layout.id_bits)), entries, layout.id_bits)
-    counts = reader.numbers(f"<u{layout.count_bytes}", entries).astype(np.float64)
-    some = np.arange(layout.width) < lengths[:, None]
-    ids, log_probs = np.zeros(some.shape, dtype=np.int64), np.full(some.shape, -np.inf, dtype=np.float32)
-    ids[some], log_probs[some] = drawn, np.log(counts / layout.draws)
-    ids[~some] = _fill(ids, some, lengths, min(layout.vocabulary_size, 2 * layout.width))
-    return ids, torch.from_numpy(log_probs)
-
-
-def _fill(
-    ids: npt.NDArray[np.int64], some: npt.NDArray[np.bool_], lengths: npt.NDArray[np.int64], candidates: int
-) -> npt.NDArray[np.int64]:
-    free = np.ones((len(ids), candidates), dtype=bool)
-    row, _ = np.nonzero(some & (ids < candidates))
-    free[row, ids[some & (ids < candidates)]] = False
-    wanted = some.shape[-1] - lengths
-    return np.nonzero(free & (np.cumsum(free, -1) <= wanted[:, None]))[1]
+    if entries and drawn.max() >= layout.vocabulary_size:
+        raise _damaged("it names a token outside the vocabulary")
+    counts = reader.numbers(f"<u{layout.count_bytes}", entries).astype(np.int64)
+    return padded(Drawn(lengths, drawn, counts), layout)
 
 
 def _ids(answer: Answer) -> npt.NDArray[np.int64]:
     assert answer.token_ids is not None
     ids: npt.NDArray[np.int64] = answer.token_ids.numpy()
     return ids
-
-
-def _counts(log_probs: Values, draws: int) -> npt.NDArray[np.int64]:
-    """[n, K] how often each was drawn: exact, since log_probs are log(count / S)."""
-    counts = np.rint(np.exp(log_probs.astype(np.float64)) * draws)
-    with np.errstate(divide="ignore"):
-        again = np.log(counts / draws)
-    near = (np.abs(again - log_probs) < 1e-5) | (again == log_probs)
-    if not near.all() or (counts.sum(-1) > draws).any():
-        raise StoreError(
-            f"log-probabilities are not those of counts out of {draws} draws", "Give log(count / S), and −inf in the padding"
-        )
-    return counts.astype(np.int64)
 
 
 def _steps(values: Codes | Values) -> npt.NDArray[np.generic]:
