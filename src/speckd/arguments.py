@@ -66,6 +66,20 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     teacher_cache_samples: int = field(default=50, metadata={"help": "draws a token where teacher_cache_kind is sampled"})
     teacher_cache_bits: int = field(default=16, metadata={"help": "bits of a cached log-probability: 16 or 32"})
     teacher_cache_compression: str = field(default="none", metadata={"help": "none, or zlib: smaller and slower"})
+    teacher_server_urls: list[str] | None = field(
+        default=None, metadata={"help": "addresses of the servers that hold the teacher, such as http://127.0.0.1:8000"}
+    )
+    teacher_server_api: str = field(default="vllm", metadata={"help": "how they are spoken to: vllm or sglang"})
+    teacher_server_model: str | None = field(
+        default=None, metadata={"help": "the served model's name; by default the only one that is served"}
+    )
+    teacher_server_concurrency: int = field(default=4, metadata={"help": "requests at a time to one server"})
+    teacher_server_tokens: int = field(default=4096, metadata={"help": "tokens in one request, unless a row has more"})
+    teacher_server_timeout_s: float = field(default=300.0, metadata={"help": "seconds for one request"})
+    teacher_server_patience_s: float = field(
+        default=600.0, metadata={"help": "seconds that all servers may be down before the run ends with a checkpoint"}
+    )
+    teacher_prefetch: int = field(default=2, metadata={"help": "optimizer steps that a served teacher is asked ahead"})
     scrambled_teacher_fraction: float = field(
         default=0.0, metadata={"help": "stress test: share of positions where the teacher is made wrong on purpose"}
     )
@@ -152,6 +166,15 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         for key in ("teacher_top_k", "teacher_cache_samples"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} is {getattr(self, key)}", "Give a number of tokens of at least 1")
+        _one_of("teacher_server_api", self.teacher_server_api, ("vllm", "sglang"))
+        if self.teacher_prefetch < 0:
+            raise ConfigError(f"teacher_prefetch is {self.teacher_prefetch}", "Give a number of steps, or 0")
+        if self.teacher == "server" and not self.teacher_server_urls:
+            raise ConfigError("teacher is server, but teacher_server_urls is not set", "Give the servers' addresses")
+        if self.teacher == "server" and self.dataloader_num_workers:
+            raise ConfigError(
+                "dataloader_num_workers: a served teacher is asked ahead from this process", "Set it to 0: nothing waits for it"
+            )
         if self.teacher == "cache" and self.teacher_cache_dir is None:
             raise ConfigError(
                 "teacher is cache, but teacher_cache_dir is not set", "Name the folder that 'speckd cache' filled"

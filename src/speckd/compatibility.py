@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 #: Splits, digits, case, spaces, symbols, scripts: tokenizers with one vocabulary but other merges disagree on some of it.
 _PROBE = "Once upon a time, 3 cats cost $12.50 each!\n\n  def f(xs):\n\treturn [x**2 for x in xs]  # Straße, 你好, naïve"
+#: The same for a teacher whose tokenizer is elsewhere, as texts of several kinds.
+PROBES = (_PROBE, "The quick brown fox jumps over the lazy dog.", "x = 3 * (4 + 17) - 20 // 7 == 61", " \n\t  ")
 
 
 class Tokenizer(Protocol):

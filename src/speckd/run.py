@@ -26,14 +26,14 @@ from speckd.checks import (
     reason_of,
 )
 from speckd.data import is_conversational, load_data
-from speckd.errors import ConfigError
+from speckd.errors import ConfigError, TeacherLostError
 from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings, student_options
-from speckd.teacher_sources import require_covered, source_elsewhere
+from speckd.teacher_sources import remember_servers, require_ready, source_elsewhere
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log
-from speckd.trl_internals import finish_from_checkpoint
+from speckd.trl_internals import finish_from_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,14 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
             _forget_earlier_run(output)
         if config is None or config.resolve() != (output / "config.yaml").resolve():
             (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
-    start = _start(trainer, output, resumed=checkpoint is not None)
-    # A run killed after its last step has nothing left to train.
-    if checkpoint is None or not finish_from_checkpoint(trainer, checkpoint):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        remember_servers(trainer, output)
+    try:
+        start = _start(trainer, output, resumed=checkpoint is not None)
+        # A run killed after its last step has nothing left to train.
+        if checkpoint is None or not finish_from_checkpoint(trainer, checkpoint):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except TeacherLostError as error:
+        raise _saved(trainer, error) from error
     _warn_of_padding(trainer)
     end = _measured(trainer)
     trainer.save_model(str(output))
@@ -70,6 +74,17 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         _publish(settings, trainer, output, start, end)
     leave_together(trainer)
     return output
+
+
+def _saved(trainer: SpecKDTrainer, error: TeacherLostError) -> TeacherLostError:
+    """The same error, after a checkpoint, with how to go on."""
+    folder = save_checkpoint(trainer)
+    if folder is None:
+        return error
+    return TeacherLostError(
+        f"{error.what}; step {trainer.state.global_step} is saved in {folder}",
+        f"{error.fix}; then --resume_from_checkpoint true goes on from there",
+    )
 
 
 def prepared_trainer(settings: Settings, output: Path) -> SpecKDTrainer:
@@ -139,7 +154,7 @@ def _trainer(
                 callbacks=[TrainingLog(output / "training_log.jsonl")],
                 teacher_source=source,
             )
-            require_covered(trainer)
+            require_ready(trainer, output)
             return trainer
         except (ValueError, ImportError, OSError) as error:  # how TRL, PEFT and Transformers refuse a setting
             raise ConfigError(reason_of(error), "Correct the setting named there") from error

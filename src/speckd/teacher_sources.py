@@ -1,18 +1,32 @@
 """Settings to a teacher that is not a model in this process, checked against the run before anything is asked of it."""
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from speckd import fingerprints
-from speckd.compatibility import SharedVocabulary
+from speckd.compatibility import PROBES, SharedVocabulary
 from speckd.errors import ConfigError, DataError
 from speckd.settings import Settings
+from speckd.teachers.answers import Answer
 from speckd.teachers.cached import CachedSource
+from speckd.teachers.client import Load, ServerPool
+from speckd.teachers.exchange import Timeouts
+from speckd.teachers.served import ServedSource
+from speckd.teachers.sglang import SGLang
 from speckd.teachers.source import TeacherSource
 from speckd.teachers.store import Store
+from speckd.teachers.vllm import VLLM
 from speckd.trainer import SpecKDTrainer
+
+logger = logging.getLogger(__name__)
+
+#: In a run's folder: what its servers said of a fixed sequence.
+CANARY = "teacher_canary.json"
+_KEPT = ("positions", "token_ids", "log_probs", "label_log_probs")
 
 
 def source_elsewhere(settings: Settings, tokenizer: Any, width: int) -> TeacherSource | None:
@@ -29,6 +43,8 @@ def source_elsewhere(settings: Settings, tokenizer: Any, width: int) -> TeacherS
     match settings.training.teacher:
         case "cache":
             return _cached(settings, tokenizer, width)
+        case "server":
+            return _served(settings, len(tokenizer), width)
         case _:
             return None
 
@@ -68,16 +84,70 @@ def _cached(settings: Settings, tokenizer: Any, width: int) -> CachedSource:
     return CachedSource(store, vocabulary)
 
 
-def require_covered(trainer: SpecKDTrainer) -> None:
-    """Refuses data of which a cache knows nothing, before the first step.
+def _served(settings: Settings, tokens: int, width: int) -> ServedSource:
+    args = settings.training
+    vocabulary = SharedVocabulary(min(tokens, width))
+    whole = args.teacher_top_k >= vocabulary.size
+    pool = ServerPool(
+        args.teacher_server_urls or (),
+        SGLang() if args.teacher_server_api == "sglang" else VLLM(),
+        vocabulary=vocabulary.size,
+        top_k=None if whole else args.teacher_top_k,
+        model=args.teacher_server_model,
+        timeouts=Timeouts(request_s=args.teacher_server_timeout_s, patience_s=args.teacher_server_patience_s),
+        load=Load(concurrency=args.teacher_server_concurrency, tokens=args.teacher_server_tokens),
+    )
+    return ServedSource(pool, vocabulary, None if whole else args.teacher_top_k)
+
+
+def require_ready(trainer: SpecKDTrainer, output: Path) -> None:
+    """Asks a teacher elsewhere whether it can answer what this run will ask.
+
+    Args:
+        trainer: with its data prepared.
+        output: of the run: what the servers said before is kept there, and a resumed run compares.
 
     Raises:
-        DataError: naming the first row that is missing, and how many are.
+        SpeckdError: what it cannot, and what to do about it.
     """
-    if not isinstance(trainer.source, CachedSource):
-        return
+    match trainer.source:
+        case CachedSource():
+            _require_covered(trainer, trainer.source.store)
+        case ServedSource():
+            _probe(trainer, trainer.source.pool, output / CANARY)
+
+
+def _probe(trainer: SpecKDTrainer, pool: ServerPool, remembered: Path) -> None:
+    tokenizer = trainer.processing_class
+    texts = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in PROBES]
+    before = None
+    if remembered.is_file() and trainer.args.resume_from_checkpoint:
+        values = json.loads(remembered.read_text())
+        positions, token_ids, log_probs, labels = (torch.tensor(values[name]) for name in _KEPT)
+        before = Answer(positions, token_ids, log_probs, labels)
+    facts = pool.probe(max(trainer.longest_row.values()), texts, before)
+    for server in facts:
+        logger.info(
+            "Teacher: %s at %s%s; its answers vary by %.1g nats.",
+            server.model,
+            server.url,
+            "" if server.tokenizer_checked else " (its tokenizer could not be compared)",
+            server.noise,
+        )
+
+
+def remember_servers(trainer: SpecKDTrainer, output: Path) -> None:
+    """Keeps what the servers say of a fixed sequence, so that a resumed run notices another teacher."""
+    if isinstance(trainer.source, ServedSource):
+        said = trainer.source.pool.canary
+        values = {name: getattr(said, name).tolist() for name in _KEPT}
+        (output / CANARY).write_text(json.dumps(values) + "\n")
+
+
+def _require_covered(trainer: SpecKDTrainer, store: Store) -> None:
+    """Refuses data of which a cache knows nothing, before the first step."""
     wanted = trainer.sequences()
-    missing = [one for one in wanted if one.token_ids not in trainer.source.store]
+    missing = [one for one in wanted if one.token_ids not in store]
     if missing:
         raise DataError(
             f"teacher_cache_dir: {len(missing)} of {len(wanted)} sequences are not in the cache, first that of row "

@@ -36,18 +36,28 @@ from speckd.collation import (
 from speckd.compatibility import SharedVocabulary, shared_vocabulary
 from speckd.early_rejection import EarlyRejection
 from speckd.engine import LossOutput, distillation_loss
-from speckd.errors import CapabilityError, ConfigError, DataError, NonFiniteError, VocabularyError
+from speckd.errors import (
+    CapabilityError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    SpeckdError,
+    TeacherLostError,
+    VocabularyError,
+)
 from speckd.evaluate import HeldOutSums, measure
 from speckd.head import LMHead, check_head
+from speckd.lookahead import Announced, Lookahead
 from speckd.metrics import AcceptanceTally, StarvationWatch
 from speckd.objective import Objective
 from speckd.spans import DATA, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, span
 from speckd.teachers import ScrambledTeacher
 from speckd.teachers.model import ModelSource, on_device
+from speckd.teachers.served import ServedSource
 from speckd.teachers.shared_prompt import PromptSharing, may_pay, why_not_shared
 from speckd.teachers.source import PendingAnswer, Question, TeacherSource, require_answers
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
-from speckd.trl_internals import call_through, is_sharded_by_deepspeed_or_fsdp
+from speckd.trl_internals import call_through, is_sharded_by_deepspeed_or_fsdp, remember_order
 from speckd.types import Capabilities, TeacherRows
 
 logger = logging.getLogger(__name__)
@@ -315,6 +325,30 @@ class SpecKDTrainer(SFTTrainer):
         labels = (vocabulary or self._training_vocabulary).labels(inputs["labels"])
         return supervised_rows(as_token_batch(inputs, labels), self.args.effective_gate_seed, epoch)
 
+    def get_train_dataloader(self) -> Any:
+        """TRL's own; where the teacher has to be fetched, it hears of the batches ahead."""
+        loader = super().get_train_dataloader()
+        depth = self.args.teacher_prefetch * self.args.gradient_accumulation_steps
+        if not isinstance(self.source, ServedSource) or not self.objective.needs_teacher or not depth:
+            return loader
+        ahead = Lookahead(
+            self.train_dataset,
+            SAMPLE,
+            self.args.per_device_train_batch_size,
+            depth,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self._expect,
+        )
+        remember_order(loader, ahead.begin)
+        loader.collate_fn = Announced(loader.collate_fn, ahead.collated)
+        return loader
+
+    def _expect(self, examples: list[Any]) -> None:
+        assert self.source is not None
+        batch = self.data_collator(examples)
+        self.source.expect(self._question(batch, self._rows(batch)))
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The step's micro-batches, and how many supervised tokens they hold on all processes."""
         if self._logged_step is None or self._logged_step > self.state.global_step:
@@ -322,8 +356,27 @@ class SpecKDTrainer(SFTTrainer):
         with span(DATA):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._mask_repeated_rows(batches)
-            count = torch.tensor(sum(len(self._rows(batch)) for batch in batches), device=device)
-            return batches, self.accelerator.reduce(count, "sum")
+            lost = self._settle(batches)
+            count = torch.tensor([sum(len(self._rows(batch)) for batch in batches), lost is not None], device=device)
+            count, losers = self.accelerator.reduce(count, "sum").unbind()
+            self._stop_where_lost(lost, int(losers))
+            return batches, count
+
+    def _settle(self, batches: list[dict[str, Any]]) -> SpeckdError | None:
+        """Waits for the teacher before the step; what it raised, for all processes must hear of it."""
+        if self.source is None or not self.objective.needs_teacher:
+            return None
+        try:
+            self.source.settle([self._question(batch, self._rows(batch)) for batch in batches])
+        except SpeckdError as error:
+            return error
+        return None
+
+    def _stop_where_lost(self, lost: SpeckdError | None, losers: int) -> None:
+        if lost is not None:
+            raise lost
+        if losers:
+            raise TeacherLostError("another process has lost its teacher", "See what that one says")
 
     def _mask_repeated_rows(self, batches: list[dict[str, Any]]) -> None:
         """An epoch's last batches are filled up with rows seen before, so that processes have as many: learn none twice."""
@@ -374,10 +427,11 @@ class SpecKDTrainer(SFTTrainer):
             call_through(model, student, loss, _model_inputs(inputs))
         return seen["output"]
 
+    def _question(self, inputs: dict[str, Any], rows: SupervisedRows) -> Question:
+        return Question(_model_inputs(inputs), as_token_batch(inputs, inputs["labels"]), rows)
+
     def _ask(self, inputs: dict[str, Any], rows: SupervisedRows) -> PendingAnswer | None:
-        if self.source is None:
-            return None
-        return self.source.launch(Question(_model_inputs(inputs), as_token_batch(inputs, inputs["labels"]), rows))
+        return None if self.source is None else self.source.launch(self._question(inputs, rows))
 
     @torch.no_grad()
     def _answers(self, pending: PendingAnswer | None, inputs: dict[str, Any], reliable: bool = False) -> TeacherRows | None:
@@ -503,11 +557,23 @@ class SpecKDTrainer(SFTTrainer):
             inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in chosen]))
             if step >= len(batches):
                 inputs["labels"] = torch.full_like(inputs["labels"], -100)  # only to keep in step with the others
+            self._settle_held_out(inputs)
             loss += self._measure_batch(sums, inputs)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(training)
         gathered = self.accelerator.reduce(torch.cat([sums.tensor(), loss]).to(self.accelerator.device), "sum").cpu()
         return HeldOutSums.of(gathered[:-2]), gathered[-2:]
+
+    def _settle_held_out(self, inputs: dict[str, Any]) -> None:
+        if not isinstance(self.source, ServedSource):
+            return
+        lost = None
+        try:
+            self.source.settle([self._question(inputs, self._rows(inputs, self.vocabulary))])
+        except SpeckdError as error:
+            lost = error
+        losers = self.accelerator.reduce(torch.tensor(int(lost is not None), device=self.accelerator.device), "sum")
+        self._stop_where_lost(lost, int(losers))
 
     def _measure_batch(self, sums: HeldOutSums, inputs: dict[str, Any]) -> Tensor:
         held_out = self._rows(inputs, self.vocabulary)

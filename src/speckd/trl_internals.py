@@ -8,7 +8,16 @@ import torch
 from transformers import TrainerState
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-__all__ = ["DataCollatorForLanguageModeling", "call_through", "finish_from_checkpoint", "is_sharded_by_deepspeed_or_fsdp"]
+from speckd.lookahead import Remembered
+
+__all__ = [
+    "DataCollatorForLanguageModeling",
+    "call_through",
+    "finish_from_checkpoint",
+    "is_sharded_by_deepspeed_or_fsdp",
+    "remember_order",
+    "save_checkpoint",
+]
 
 
 def call_through(wrapper: torch.nn.Module, inner: torch.nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
@@ -45,6 +54,24 @@ def finish_from_checkpoint(trainer: Any, folder: str) -> bool:
     trainer._load_from_checkpoint(folder)
     trainer.state = state
     return True
+
+
+def remember_order(loader: Any, begin: Callable[[list[int]], None]) -> None:
+    """Has `begin` called with each epoch's order of rows, as the loader's own sampler, shared by all processes, draws it."""
+    batches = loader.batch_sampler
+    while not hasattr(batches, "sampler"):  # Accelerate's wrappers: a process's share
+        batches = batches.batch_sampler
+    batches.sampler = Remembered(batches.sampler, begin)
+
+
+def save_checkpoint(trainer: Any) -> str | None:
+    """A checkpoint of the last whole step, outside of the Trainer's own times; its folder, or None before the first step."""
+    if not trainer.state.global_step:
+        return None
+    folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    if not folder.is_dir():
+        trainer._save_checkpoint(trainer.model, trial=None)
+    return str(folder)
 
 
 def is_sharded_by_deepspeed_or_fsdp(trainer: Any) -> bool:

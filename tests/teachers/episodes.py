@@ -88,7 +88,9 @@ def questions(seed: int, count: int) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def play(behaviour: Behaviour, seed: int, healthy: int = 0, top_k: int | None = TOP_K, dialect: Dialect | None = None) -> Episode:
+def play(
+    behaviour: Behaviour, seed: int, healthy: int = 0, top_k: int | None = TOP_K, dialect: Dialect | None = None
+) -> Episode:
     """A batch ahead is asked, as a trainer does; `healthy`: how many other servers share the load."""
     faulty = FaultyServer(fault=behaviour.fault, share=behaviour.share, start=behaviour.start, seed=seed)
     others = [FaultyServer() for _ in range(healthy)]

@@ -280,7 +280,7 @@ async def content_length_too_large(call: Call) -> None:
 
 
 async def chunked_garbage(call: Call) -> None:
-    call.writer.write(b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{\"id\"\r\nzz\r\n\r\n")
+    call.writer.write(b'HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"id"\r\nzz\r\n\r\n')
     await call.writer.drain()
 
 

@@ -1,5 +1,6 @@
 """A teacher whose answers were captured before: read from a folder, the teacher itself need not be there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from speckd.compatibility import SharedVocabulary
@@ -26,6 +27,9 @@ class CachedSource:
 
     def expect(self, question: Question) -> None:
         """The operating system reads ahead by itself."""
+
+    def settle(self, questions: Sequence[Question]) -> None:
+        """It is here."""
 
     def launch(self, question: Question) -> "ReadAnswer":
         """Reads at once.

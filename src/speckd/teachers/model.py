@@ -1,6 +1,6 @@
 """A teacher in this process: a Transformers causal language model, on the student's device or on one of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,9 @@ class ModelSource:
 
     def expect(self, question: Question) -> None:
         """Nothing can be begun: the forward is."""
+
+    def settle(self, questions: Sequence[Question]) -> None:
+        """It is here."""
 
     @torch.no_grad()
     def launch(self, question: Question) -> "LaunchedModel":

@@ -1,6 +1,6 @@
 """Where a teacher's answers come from: one small protocol. In process, cached and served are interchangeable."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +46,14 @@ class TeacherSource(Protocol):
 
     def expect(self, question: Question) -> None:
         """Says that this will be asked soon: a source that has to fetch may begin. May be called, or not, and never waits."""
+        ...
+
+    def settle(self, questions: Sequence[Question]) -> None:
+        """Waits until these can be answered, before a step begins: a teacher is lost between two steps or not at all.
+
+        Raises:
+            TeacherLostError: they cannot.
+        """
         ...
 
     def launch(self, question: Question) -> PendingAnswer:
