@@ -46,6 +46,8 @@ _FREE_ON_RESUME = {
         "teacher_device",
         "share_teacher_prompt",
     ),
+    *(f"teacher_server_{name}" for name in ("urls", "concurrency", "tokens", "timeout_s", "patience_s")),
+    "teacher_prefetch",
 }
 
 

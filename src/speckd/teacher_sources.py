@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 #: In a run's folder: what its servers said of a fixed sequence.
 CANARY = "teacher_canary.json"
-_KEPT = ("positions", "token_ids", "log_probs", "label_log_probs")
 
 
 def source_elsewhere(settings: Settings, tokenizer: Any, width: int) -> TeacherSource | None:
@@ -123,8 +122,9 @@ def _probe(trainer: SpecKDTrainer, pool: ServerPool, remembered: Path) -> None:
     before = None
     if remembered.is_file() and trainer.args.resume_from_checkpoint:
         values = json.loads(remembered.read_text())
-        positions, token_ids, log_probs, labels = (torch.tensor(values[name]) for name in _KEPT)
-        before = Answer(positions, token_ids, log_probs, labels)
+        positions, log_probs, labels = (torch.tensor(values[name]) for name in ("positions", "log_probs", "label_log_probs"))
+        ids = values["token_ids"]
+        before = Answer(positions, None if ids is None else torch.tensor(ids), log_probs, labels)
     facts = pool.probe(max(trainer.longest_row.values()), texts, before)
     for server in facts:
         logger.info(
@@ -140,7 +140,9 @@ def remember_servers(trainer: SpecKDTrainer, output: Path) -> None:
     """Keeps what the servers say of a fixed sequence, so that a resumed run notices another teacher."""
     if isinstance(trainer.source, ServedSource):
         said = trainer.source.pool.canary
-        values = {name: getattr(said, name).tolist() for name in _KEPT}
+        kept = {"positions": said.positions, "log_probs": said.log_probs, "label_log_probs": said.label_log_probs}
+        values: dict[str, Any] = {name: tensor.tolist() for name, tensor in kept.items()}
+        values["token_ids"] = None if said.token_ids is None else said.token_ids.tolist()
         (output / CANARY).write_text(json.dumps(values) + "\n")
 
 
