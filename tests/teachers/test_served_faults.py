@@ -4,7 +4,6 @@ import pytest
 
 from speckd.errors import TeacherLostError
 from tests.teachers.episodes import BATCHES, BEHAVIOURS, QUESTIONS, SEEDS, Behaviour, Episode, play
-from tests.teachers.toy import same  # noqa: F401
 
 
 def holds(episode: Episode) -> None:
