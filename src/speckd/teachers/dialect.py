@@ -108,7 +108,10 @@ def number(value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadAnswer(f"a log-probability is {_shown(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise BadAnswer("a log-probability is no number that a computer knows") from None
 
 
 def _shown(value: Any) -> str:
@@ -137,7 +140,7 @@ def checked(heard: Heard, positions: Tensor, wanted: int | None, vocabulary: int
     width = widths.pop() if widths else wanted or vocabulary
     try:
         ids = torch.tensor(heard.ids, dtype=torch.int64).reshape(-1, width)
-    except (OverflowError, RuntimeError):
+    except (OverflowError, RuntimeError, ValueError):
         raise BadAnswer("a token id is out of any vocabulary") from None
     log_probs = torch.tensor(heard.log_probs, dtype=torch.float64).reshape(-1, width)
     labels = torch.tensor(heard.labels, dtype=torch.float64)
