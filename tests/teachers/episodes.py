@@ -17,7 +17,7 @@ from tests.teachers.toy import VOCABULARY, Toy, same, tokenized
 
 SEEDS = int(os.environ.get("SPECKD_SERVER_SEEDS", "5"))
 TOP_K = 4
-BATCHES, QUESTIONS = 20, 4
+BATCHES, QUESTIONS = 20, 2
 TIMES = Timeouts(
     connect_s=0.5, read_s=0.15, request_s=0.4, ready_s=2.0, patience_s=0.8, backoff_s=0.005, longest_backoff_s=0.05
 )
@@ -32,7 +32,7 @@ class Behaviour:
     name: str
     fault: Fault
     share: float = 0.3
-    start: int = 3
+    start: int = 3  # the start itself has three
     ends: bool | None = None
 
 
@@ -41,21 +41,23 @@ PASSING = [
     f.latency, f.silence, f.stall_in_headers, f.stall_in_body, f.drip, f.reset_at_a_byte, f.end_at_a_byte, f.half_json,
     f.content_length_too_small, f.content_length_too_large, f.chunked_garbage, f.no_http, f.gzip_bomb, f.endless_body, f.html,
     f.too_many_requests, f.unavailable_with_a_date, f.retry_after_a_day, f.out_of_memory, f.too_large, f.twice, f.replayed,
-    f.replayed_under_the_right_name, f.exchanged, f.exchanged_under_the_right_names, f.choices_in_disorder, f.choices_renumbered,
-    f.choices_exchanged_without_names, f.choice_missing, f.choice_twice, f.tokens_not_repeated, f.other_request,
+    f.replayed_under_the_right_name, f.exchanged, f.exchanged_under_the_right_names, f.choices_in_disorder,
+    f.choices_renumbered,
+        f.choices_exchanged_without_names, f.choice_missing, f.choice_twice, f.tokens_not_repeated, f.other_request,
     f.other_model_name, f.other_tokenizer, f.one_token_short, f.shifted_by_one, f.nothing_somewhere, f.something_first,
     f.one_entry_less, f.ranks_exchanged, f.id_out_of_range, f.id_of_padding, f.id_negative, f.sums_to_more, f.raw_logits,
     f.low_logits, f.wrong_shape, f.nested_deeply, f.other_model, f.other_model_slightly,
 ]  # fmt: skip
+NUMBERS = (float("nan"), float("inf"), 0.5, "x", None)
 BEHAVIOURS = [
     *(Behaviour(fault.__name__, fault, share=0.2, ends=False) for fault in PASSING),
     *(Behaviour(f"status_{code}", f.status(code), share=0.2, ends=False) for code in (408, 413, 429, 500, 502, 503, 504)),
     *(Behaviour(f"status_{code}", f.status(code), share=0.1) for code in (400, 401, 403, 404, 405, 422)),
-    *(Behaviour(f"number_{value}", f.number(value), share=0.2, ends=False) for value in (float("nan"), float("inf"), 0.5, "x", None)),
+    *(Behaviour(f"number_{value}", f.number(value), share=0.2, ends=False) for value in NUMBERS),
     Behaviour("redirect", f.redirect, share=0.1),
     Behaviour("die_and_return", f.die_and_return, share=0.15, ends=False),
-    Behaviour("out_of_memory_always", f.out_of_memory, share=1.0, start=3, ends=False),
-    Behaviour("too_large_always", f.too_large, share=1.0, start=3, ends=False),
+    Behaviour("out_of_memory_always", f.out_of_memory, share=1.0, ends=False),
+    Behaviour("too_large_always", f.too_large, share=1.0, ends=False),
     Behaviour("die_for_good", f.die_for_good, share=1.0, start=8, ends=True),
     *(
         Behaviour(f"{fault.__name__}_always", fault, share=1.0, start=8, ends=True)

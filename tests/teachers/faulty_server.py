@@ -70,8 +70,8 @@ def framed(body: bytes, status: int = 200, headers: dict[str, str] | None = None
 class FaultyServer:
     """A vLLM or SGLang server of a toy model, with a fault at some of its answers.
 
-    `fault` strikes with the chance `share` from the answer number `start` on; `seed` decides which. `cap`: most log-probabilities
-    a token; `longest`: most tokens.
+    `fault` strikes with the chance `share` after `start` answers; `seed` decides which. `cap`: most log-probabilities a token;
+    `longest`: most tokens.
     """
 
     toy: Toy = field(default_factory=Toy)
@@ -133,8 +133,9 @@ class FaultyServer:
                 task.cancel()
 
     async def _come_back(self) -> None:
-        self._socket = socket.create_server(("127.0.0.1", self.port))
-        await self._listen()
+        if self._listening is None:
+            self._socket = socket.create_server(("127.0.0.1", self.port))
+            await self._listen()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -290,8 +291,11 @@ async def no_http(call: Call) -> None:
     call.writer.close()
 
 
+_BOMB = gzip.compress(bytes(50_000_000))
+
+
 async def gzip_bomb(call: Call) -> None:
-    await call.send(gzip.compress(bytes(50_000_000)), headers={"Content-Encoding": "gzip"})
+    await call.send(_BOMB, headers={"Content-Encoding": "gzip"})
 
 
 async def endless_body(call: Call) -> None:

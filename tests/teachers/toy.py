@@ -1,4 +1,4 @@
-"""A language model whose distributions are drawn from a hash of what came before: exact, quick, and another one for another seed."""
+"""A language model whose distributions are drawn from a hash of what came before: exact, and another for another seed."""
 
 import hashlib
 from dataclasses import dataclass

@@ -7,7 +7,6 @@ question ends with its answer, checked, or with an error.
 import asyncio
 import hashlib
 import itertools
-import secrets
 import threading
 import time
 from collections import deque
@@ -18,20 +17,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import httpx
-import torch
 from torch import Tensor
 
-from speckd.errors import CapabilityError, ConfigError, DataError, SpeckdError, TeacherLostError, VocabularyError
-from speckd.teachers import dialect as spoken
+from speckd.errors import ConfigError, DataError, TeacherLostError
 from speckd.teachers.answers import Answer
-from speckd.teachers.dialect import BadAnswer, Dialect, Reply, ServedModel, TooFewInside, Wanted, check_labels, checked, drift
-from speckd.teachers.exchange import MESSAGE_BYTES, Broken, Connections, Refused, Timeouts, Unreachable, key, parsed, server_url
+from speckd.teachers.conversation import Conversation, ServerFacts
+from speckd.teachers.dialect import BadAnswer, Dialect, TooFewInside
+from speckd.teachers.exchange import Broken, Connections, Refused, Timeouts, Unreachable, key, server_url, tls_of
 
-#: Bytes that an entry {id: {logprob, rank, decoded_token}} may have; about 70 are usual, more where a token's text is long.
-_ENTRY_BYTES = 512
-_CANARY_TOKENS = 16
-_MOST_SPARE = 1024
 _T = TypeVar("_T")
 
 
@@ -68,21 +61,6 @@ class Counters:
     outside: int = 0
     received_bytes: int = 0
     waited_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class ServerFacts:
-    """What a server showed at the start. `longest`: tokens it takes, where it says so; `repeats_tokens`, `repeats_request`: its
-    responses say what was asked; `tokenizer_checked`: it could be asked to tokenize; `noise`: nats between two answers to one
-    question, alone and beside others."""
-
-    url: str
-    model: str
-    longest: int | None
-    repeats_tokens: bool
-    repeats_request: bool
-    tokenizer_checked: bool
-    noise: float
 
 
 @dataclass(eq=False)
@@ -161,17 +139,11 @@ class ServerPool:
         if top_k is not None and top_k < 1:
             raise ConfigError(f"the teacher's top K is {top_k}", "Give at least 1")
         self._timeouts, self._load = timeouts or Timeouts(), load or Load()
-        self._dialect, self._vocabulary, self._tolerance = dialect, vocabulary, tolerance
-        self._top_k = None if top_k is None else min(top_k, vocabulary)
-        self._model = model
-        secret, tls = key(), httpx.create_ssl_context()
+        top_k = None if top_k is None else min(top_k, vocabulary)
+        self._talk = Conversation(dialect, vocabulary, top_k, model, tolerance)
+        secret, tls = key(), tls_of(addresses)
         connections = [Connections(address, self._timeouts, secret, tls) for address in addresses]
         self._servers = [_Server(i, each, self._load.tokens) for i, each in enumerate(connections)]
-        self._canary_ids: list[int] = []
-        self._canary: Answer | None = None
-        self._spare = 0
-        self._nonce = secrets.token_hex(4)
-        self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._counts = Counters()
         self._fresh: deque[_Question] = deque()
@@ -199,18 +171,15 @@ class ServerPool:
             TeacherLostError: a server is not up in time.
             ConfigError, CapabilityError, VocabularyError: what a server cannot do, and what to start it with.
         """
-        canary = next((ids for _, ids in texts if len(ids) > 3), [])[:_CANARY_TOKENS]
-        self._canary_ids = canary or [(13 + 7919 * i) % self._vocabulary for i in range(_CANARY_TOKENS)]
-        self._check_ids(self._canary_ids)
-        self._canary = remembered
-        return self._wait_for(self._probe_all(longest, texts))
+        self._talk.choose_canary(texts, remembered)
+        return self._wait_for(self._start(longest, texts))
 
     @property
     def canary(self) -> Answer:
         """What the servers said of the canary at the start. To be kept with a checkpoint, and handed to `probe` at a resume."""
-        if self._canary is None:
+        if self._talk.canary is None:
             raise RuntimeError("the servers were not probed")
-        return self._canary
+        return self._talk.canary
 
     def ask(self, token_ids: Tensor, positions: Tensor) -> "Future[Answer]":
         """What the teacher says of one sequence; does not wait.
@@ -225,16 +194,16 @@ class ServerPool:
         Raises:
             VocabularyError, DataError: a sequence that cannot be asked.
         """
-        if self._canary is None:
+        if any(server.facts is None for server in self._servers):
             raise RuntimeError("the servers were not probed")
         ids, places = token_ids.tolist(), positions.tolist()
-        self._check_ids(ids)
+        self._talk.check_ids(ids)
         if any(b <= a for a, b in itertools.pairwise([-1, *places, len(ids) - 1])):
             raise ValueError("positions must ascend and have a token after them")
         future: Future[Answer] = Future()
         future.set_running_or_notify_cancel()
         if not places:
-            future.set_result(self._nothing())
+            future.set_result(self._talk.nothing())
             return future
         question = _Question(ids, places, future)
         self._check_length(question)
@@ -263,7 +232,7 @@ class ServerPool:
         sent = sum(server.connections.requests for server in self._servers)
         received = sum(server.connections.received_bytes for server in self._servers)
         with self._lock:
-            return replace(self._counts, requests=sent, received_bytes=received)
+            return replace(self._counts, requests=sent, received_bytes=received, outside=self._talk.outside)
 
     def close(self) -> None:
         """Ends the thread; what is still open fails."""
@@ -281,6 +250,16 @@ class ServerPool:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _check_length(self, question: _Question) -> None:
+        needed = len(question.asked) + 1
+        for server in self._servers:
+            longest = server.facts.longest if server.facts else None
+            if longest is not None and needed > longest:
+                raise DataError(
+                    f"a sequence of {needed - 1} tokens is too long for the teacher server {server.url} ({longest - 1})",
+                    f"Start it with {self._talk.dialect.lengthen(needed)}, or lower max_length",
+                )
 
     # The thread
 
@@ -301,6 +280,13 @@ class ServerPool:
             return future.result()
         finally:
             future.cancel()  # where the wait was interrupted
+
+    async def _start(self, longest: int, texts: Many[tuple[str, list[int]]]) -> list[ServerFacts]:
+        """One after the other, so that the first gives the canary's answer."""
+        deadline = time.monotonic() + self._timeouts.ready_s
+        for server in self._servers:
+            server.facts = await self._talk.start(server.connections, deadline, longest, texts)
+        return [server.facts for server in self._servers if server.facts is not None]
 
     async def _end(self) -> None:
         self._fail(list(self._open), TeacherLostError("the teacher's servers are no longer asked", "Start the run again"))
@@ -374,9 +360,9 @@ class ServerPool:
 
     async def _serve(self, server: _Server, group: _Group) -> None:
         """One request and what follows from it."""
-        request_id = self._request_id()
+        request_id = self._talk.new_request_id()
         try:
-            answers = await self._exchange(server, group, request_id)
+            answers = await self._answers(server, group, request_id)
         except TooFewInside:
             self._ask_for_more(server, group, request_id)
         except Unreachable as error:
@@ -400,7 +386,7 @@ class ServerPool:
         else:
             server.failures, server.until, server.down_since = 0, 0.0, None
             server.budget = min(self._load.tokens, server.budget + self._load.tokens // 16 + 1)
-            self._answer(group.questions, answers)
+            self._answer(answers)
         finally:
             server.in_flight -= 1
         self._dispatch()
@@ -419,7 +405,7 @@ class ServerPool:
 
     def _jitter(self, server: _Server) -> float:
         """In [0, 1), another one for each process, server and failure, and from no generator that anything else draws from."""
-        text = f"{self._nonce} {server.url} {server.failures}"
+        text = f"{self._talk.nonce} {server.url} {server.failures}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) / 2**32
 
     def _put_back(self, groups: list[_Group]) -> None:
@@ -459,15 +445,22 @@ class ServerPool:
 
     def _ask_for_more(self, server: _Server, group: _Group, request_id: str) -> None:
         """Of the first K some lie outside of the shared vocabulary: K of those inside are wanted."""
-        if self._spare < _MOST_SPARE:
-            self._spare = max(8, 2 * self._spare)
+        if self._talk.widen():
             self._put_back([group])
             return
-        what = f"teacher server {server.url}, request {request_id}: of {_MOST_SPARE} tokens too few are shared with the student"
+        what = f"teacher server {server.url}, request {request_id}: too few of its tokens are in the shared vocabulary"
         self._fail(group.questions, TeacherLostError(what, "Use a teacher with the student's vocabulary"))
 
-    def _answer(self, questions: list[_Question], answers: list[Answer]) -> None:
-        for question, answer in zip(questions, answers, strict=True):
+    async def _answers(self, server: _Server, group: _Group, request_id: str) -> dict[_Question, Answer]:
+        assert server.facts is not None
+        open_still = [question for question in group.questions if question in self._open]
+        sequences = [question.asked for question in open_still]
+        positions = [question.positions for question in open_still]
+        found = await self._talk.answers(server.connections, server.facts, sequences, positions, request_id)
+        return dict(zip(open_still, found, strict=True))
+
+    def _answer(self, answers: dict[_Question, Answer]) -> None:
+        for question, answer in answers.items():
             if self._settle(question, answered=1):
                 question.future.set_result(answer)
 
@@ -490,7 +483,7 @@ class ServerPool:
             self._counts = replace(counts, answered=counts.answered + answered, failed=counts.failed + failed)
             return True
 
-    def _count(self, retries: int = 0, invalid: int = 0, splits: int = 0, outside: int = 0, waited_s: float = 0.0) -> None:
+    def _count(self, retries: int = 0, invalid: int = 0, splits: int = 0, waited_s: float = 0.0) -> None:
         with self._lock:
             old = self._counts
             self._counts = replace(
@@ -498,246 +491,5 @@ class ServerPool:
                 retries=old.retries + retries,
                 invalid=old.invalid + invalid,
                 splits=old.splits + splits,
-                outside=old.outside + outside,
                 waited_s=old.waited_s + waited_s,
             )
-
-    # One request
-
-    async def _exchange(self, server: _Server, group: _Group, request_id: str) -> list[Answer]:
-        """The group's answers, the canary's being what it was."""
-        assert server.facts is not None
-        questions = [question for question in group.questions if question in self._open]
-        sequences = [question.asked for question in questions] + [self._canary_ids]
-        positions = [question.positions for question in questions] + [list(range(len(self._canary_ids) - 1))]
-        answers = await self._questioned(server, sequences, positions, request_id, server.facts)
-        self._compare_canary(answers[-1])
-        by_question = dict(zip(questions, answers, strict=False))
-        return [by_question.get(question, self._nothing()) for question in group.questions]
-
-    async def _questioned(
-        self,
-        server: _Server,
-        sequences: list[list[int]],
-        positions: list[list[int]],
-        request_id: str,
-        facts: ServerFacts,
-    ) -> list[Answer]:
-        wanted = self._wanted
-        body = self._dialect.write(facts.model, sequences, wanted, request_id)
-        raw = await server.connections.post(self._dialect.path, body, request_id, _most_bytes(sequences, wanted))
-        return await asyncio.to_thread(self._understood, raw, sequences, positions, wanted, request_id, facts)
-
-    @property
-    def _wanted(self) -> Wanted:
-        if self._top_k is None:
-            return Wanted(self._vocabulary + self._spare, whole=True)
-        return Wanted(self._top_k + self._spare)
-
-    def _understood(
-        self,
-        raw: bytes,
-        sequences: list[list[int]],
-        positions: list[list[int]],
-        wanted: Wanted,
-        request_id: str,
-        facts: ServerFacts,
-    ) -> list[Answer]:
-        reply = self._dialect.read(parsed(raw), sequences, positions, wanted)
-        _check_source(reply, sequences, request_id, facts)
-        answers = []
-        for heard, sequence, places in zip(reply.heard, sequences, positions, strict=True):
-            check_labels(heard, [sequence[place + 1] for place in places])
-            answer, outside = checked(heard, torch.tensor(places), self._top_k, self._vocabulary)
-            self._count(outside=outside)
-            answers.append(answer)
-        return answers
-
-    def _compare_canary(self, answer: Answer) -> None:
-        assert self._canary is not None
-        moved = drift(self._canary, answer)
-        if moved > self._tolerance:
-            raise BadAnswer(f"the model is another one: known log-probabilities differ by {moved:.3g} nat in the mean")
-
-    def _request_id(self) -> str:
-        return f"speckd-{self._nonce}-{next(self._numbers)}"
-
-    def _check_ids(self, ids: list[int]) -> None:
-        place = next((i for i, token in enumerate(ids) if not 0 <= token < self._vocabulary), None)
-        if place is not None:
-            what = f"token {ids[place]} at position {place} lies outside of the shared vocabulary of {self._vocabulary}"
-            raise VocabularyError(what, "Use a teacher with the student's vocabulary")
-
-    def _check_length(self, question: _Question) -> None:
-        needed = len(question.asked) + 1
-        for server in self._servers:
-            longest = server.facts.longest if server.facts else None
-            if longest is not None and needed > longest:
-                raise DataError(
-                    f"a sequence of {needed - 1} tokens is too long for the teacher server {server.url} ({longest - 1})",
-                    f"Start it with {self._dialect.lengthen(needed)}, or lower max_length",
-                )
-
-    def _nothing(self) -> Answer:
-        width = self._vocabulary if self._top_k is None else self._top_k
-        ids = None if self._top_k is None else torch.empty(0, width, dtype=torch.int64)
-        return Answer(torch.empty(0, dtype=torch.int64), ids, torch.empty(0, width), torch.empty(0))
-
-    # The start
-
-    async def _probe_all(self, longest: int, texts: Many[tuple[str, list[int]]]) -> list[ServerFacts]:
-        deadline = time.monotonic() + self._timeouts.ready_s
-        served = await asyncio.gather(*(self._ready(server, deadline) for server in self._servers))
-        facts = []
-        for server, offered in zip(self._servers, served, strict=True):
-            server.facts = await self._probed(server, offered, longest, texts)
-            server.failures, server.until, server.down_since = 0, 0.0, None
-            facts.append(server.facts)
-        return facts
-
-    async def _ready(self, server: _Server, deadline: float) -> list[ServedModel]:
-        """Its models, once it is up."""
-        while True:
-            try:
-                raw = await server.connections.get("/v1/models", self._request_id())
-                return _models(parsed(raw))
-            except Refused as error:
-                raise ConfigError(f"teacher server {server.url}: {error}", error.fix) from None
-            except (Unreachable, Broken, BadAnswer) as error:
-                self._set_aside(server, str(error), error.after_s if isinstance(error, Unreachable) else 0.0)
-                if server.until > deadline:
-                    what = f"teacher server {server.url} is not ready after {self._timeouts.ready_s:g} s: {error}"
-                    raise TeacherLostError(what, "Start it, or take it out of the list") from None
-                await asyncio.sleep(server.until - time.monotonic())
-
-    async def _probed(
-        self, server: _Server, offered: list[ServedModel], longest: int, texts: Many[tuple[str, list[int]]]
-    ) -> ServerFacts:
-        model = self._chosen(server, offered)
-        if model.longest is not None and model.longest < longest + 1:
-            raise CapabilityError(
-                f"teacher server {server.url} takes {model.longest - 1} tokens, and the longest sequence has {longest}",
-                f"Start it with {self._dialect.lengthen(longest + 1)}, or lower max_length",
-            )
-        told = await self._tokenizes_alike(server, model.name, texts)
-        facts = ServerFacts(server.url, model.name, model.longest, False, False, told, 0.0)
-        try:
-            return await self._answers_well(server, facts)
-        except BadAnswer as error:
-            what = f"teacher server {server.url} does not answer as a teacher must: {error}"
-            raise CapabilityError(what, "Start it with the dialect's defaults, or mend its version") from None
-        except (Unreachable, Broken) as error:
-            what = f"teacher server {server.url} breaks at the first question: {error}"
-            raise TeacherLostError(what, "See the server's own log") from None
-
-    def _chosen(self, server: _Server, offered: list[ServedModel]) -> ServedModel:
-        names = [model.name for model in offered]
-        if self._model is None and len(offered) == 1:
-            return offered[0]
-        if self._model not in names:
-            what = (
-                f"teacher server {server.url} offers {', '.join(names) or 'no model'}; wanted: {self._model or 'the only one'}"
-            )
-            raise ConfigError(what, "Name one of these as the teacher, or start the server with that model")
-        return offered[names.index(self._model)]
-
-    async def _tokenizes_alike(self, server: _Server, model: str, texts: Many[tuple[str, list[int]]]) -> bool:
-        """Whether it could be asked."""
-        for text, expected in texts:
-            body = {"model": model, "prompt": text, "add_special_tokens": False}
-            try:
-                raw = await server.connections.post("/tokenize", body, self._request_id(), MESSAGE_BYTES + 64 * len(text))
-            except Refused:
-                return False
-            except (Unreachable, Broken, BadAnswer) as error:
-                raise TeacherLostError(f"teacher server {server.url} breaks at /tokenize: {error}", "See its own log") from None
-            found = _tokens(parsed(raw))
-            if found != expected:
-                raise VocabularyError(
-                    f"teacher server {server.url} has the wrong tokenizer: {text!r:.40} is {found!s:.40}, not {expected!s:.40}",
-                    "Serve a teacher with the student's tokenizer",
-                )
-        return bool(texts)
-
-    async def _answers_well(self, server: _Server, facts: ServerFacts) -> ServerFacts:
-        """The canary's answer, alone and beside others, with as many log-probabilities as wanted, and the same everywhere."""
-        facts = await self._with_echoes(server, facts)
-        everywhere = list(range(len(self._canary_ids) - 1))
-        other = self._canary_ids[::-1]
-        try:
-            alone, *_ = await self._questioned(server, [self._canary_ids], [everywhere], self._request_id(), facts)
-            both = [other, self._canary_ids, other]
-            beside = (await self._questioned(server, both, [everywhere] * 3, self._request_id(), facts))[1]
-        except TooFewInside:
-            if self._spare >= _MOST_SPARE:
-                what = f"of teacher server {server.url}'s first {_MOST_SPARE} tokens too few are shared with the student"
-                raise VocabularyError(what, "Use a teacher with the student's vocabulary") from None
-            self._spare = max(8, 2 * self._spare)
-            return await self._answers_well(server, facts)
-        noise = drift(alone, beside)
-        if noise > self._tolerance:
-            raise CapabilityError(
-                f"teacher server {server.url} gives one question two answers, {noise:.3g} nat apart",
-                "Start it in batch-invariant mode or without prefix caching, or raise the tolerance",
-            )
-        if self._canary is None:
-            self._canary = alone
-        self._compare_canary(alone)
-        return replace(facts, noise=noise)
-
-    async def _with_echoes(self, server: _Server, facts: ServerFacts) -> ServerFacts:
-        """How its responses can be told apart, and that there are as many log-probabilities as wanted."""
-        wanted, request_id = self._wanted, self._request_id()
-        places = list(range(len(self._canary_ids) - 1))
-        most = _most_bytes([self._canary_ids], wanted)
-        body = self._dialect.write(facts.model, [self._canary_ids], wanted, request_id)
-        try:
-            raw = await server.connections.post(self._dialect.path, body, request_id, most)
-        except Refused as error:
-            raise await self._why_refused(server, facts, wanted, error) from None
-        reply = self._dialect.read(parsed(raw), [self._canary_ids], [places], wanted)
-        tokens, request = reply.heard[0].token_ids is not None, reply.request_id == request_id
-        if not (tokens or request):
-            what = f"teacher server {server.url} repeats neither tokens nor the request's id: answers could be mixed up unseen"
-            raise CapabilityError(what, "Use a newer version of the server (vLLM 0.10.2 or later)")
-        return replace(facts, repeats_tokens=tokens, repeats_request=request)
-
-    async def _why_refused(self, server: _Server, facts: ServerFacts, wanted: Wanted, error: Refused) -> SpeckdError:
-        """The same with one log-probability tells whether their number is the reason."""
-        request_id = self._request_id()
-        body = self._dialect.write(facts.model, [self._canary_ids], Wanted(1), request_id)
-        try:
-            await server.connections.post(self._dialect.path, body, request_id, MESSAGE_BYTES)
-        except (Refused, Unreachable, Broken, BadAnswer):
-            return ConfigError(f"teacher server {server.url}: {error}", error.fix)
-        what = f"teacher server {server.url} gives fewer than {wanted.count} log-probabilities a token ({error})"
-        return CapabilityError(what, f"Start it with {self._dialect.allow(wanted.count)}, or lower the teacher's top K")
-
-
-def _most_bytes(sequences: list[list[int]], wanted: Wanted) -> int:
-    """Of an answer to them; a server's own vocabulary may be somewhat larger than the shared one."""
-    entries = 2 * wanted.count + 4096 if wanted.whole else wanted.count + 2
-    return sum(map(len, sequences)) * entries * _ENTRY_BYTES + MESSAGE_BYTES
-
-
-def _models(reply: Any) -> list[ServedModel]:
-    offered = []
-    for card in spoken.field(reply, "data", list):
-        longest = card.get("max_model_len") if isinstance(card, dict) else None
-        offered.append(ServedModel(spoken.field(card, "id", str), longest if isinstance(longest, int) else None))
-    return offered
-
-
-def _tokens(reply: Any) -> list[int]:
-    return list(spoken.field(reply, "tokens", list))
-
-
-def _check_source(reply: Reply, sequences: list[list[int]], request_id: str, facts: ServerFacts) -> None:
-    """The response is to this request, of this model, about these tokens."""
-    if reply.model is not None and reply.model != facts.model:
-        raise BadAnswer(f"it is by the model '{reply.model:.60}', not '{facts.model}'")
-    if facts.repeats_request and reply.request_id != request_id:
-        raise BadAnswer(f"it is to another request ({reply.request_id!s:.60})")
-    for number, (heard, sequence) in enumerate(zip(reply.heard, sequences, strict=True)):
-        if heard.token_ids != sequence and (facts.repeats_tokens or heard.token_ids is not None):
-            raise BadAnswer(f"answer {number} is about other tokens than were asked")

@@ -79,8 +79,8 @@ class Dialect(Protocol):
         """A response's body, parsed. Every sequence's every token is checked; the positions asked for are read."""
         ...
 
-    def allow(self, count: int) -> str:
-        """What to start the server with so that it gives `count` log-probabilities."""
+    def allow(self, wanted: Wanted) -> str:
+        """What to start the server with so that it gives so many log-probabilities."""
         ...
 
     def lengthen(self, tokens: int) -> str:
@@ -108,7 +108,10 @@ def number(value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadAnswer(f"a log-probability is {_shown(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise BadAnswer("a log-probability is no number that a computer knows") from None
 
 
 def _shown(value: Any) -> str:
@@ -137,7 +140,7 @@ def checked(heard: Heard, positions: Tensor, wanted: int | None, vocabulary: int
     width = widths.pop() if widths else wanted or vocabulary
     try:
         ids = torch.tensor(heard.ids, dtype=torch.int64).reshape(-1, width)
-    except (OverflowError, RuntimeError):
+    except (OverflowError, RuntimeError, ValueError):
         raise BadAnswer("a token id is out of any vocabulary") from None
     log_probs = torch.tensor(heard.log_probs, dtype=torch.float64).reshape(-1, width)
     labels = torch.tensor(heard.labels, dtype=torch.float64)
@@ -191,8 +194,28 @@ def check_labels(heard: Heard, labels: Many[int]) -> None:
 
 
 def drift(first: Answer, now: Answer) -> float:
-    """Mean distance in nats of what two answers to one sequence say of the tokens that follow; infinite if one says 0 alone."""
-    if first.label_log_probs.shape != now.label_log_probs.shape:
+    """How far two answers to one sequence are apart, in the mean over its positions: the larger of two distances.
+
+    |Δ log p| of the token that follows, in nats; and Σ |Δp| over the tokens listed, at most Σ p |Δ log p|. A token that only
+    one of them lists counts with what it must differ by, its p less the least p that the other lists, so that a tie at the
+    end of the list counts nothing. Infinite where they are not about the same sequence.
+    """
+    if first.positions.shape != now.positions.shape or (first.token_ids is None) != (now.token_ids is None):
         return math.inf
+    if not len(first.positions):
+        return 0.0
     same = first.label_log_probs == now.label_log_probs  # also both −inf
-    return float(torch.where(same, 0.0, (first.label_log_probs - now.label_log_probs).abs()).mean()) if len(same) else 0.0
+    labels = torch.where(same, 0.0, (first.label_log_probs - now.label_log_probs).abs()).mean()
+    return max(float(labels), float(_listed_distance(first, now).mean()))
+
+
+def _listed_distance(first: Answer, now: Answer) -> Tensor:
+    """[n] Σ |Δp| over the tokens that either lists."""
+    p, q = first.log_probs.exp(), now.log_probs.exp()
+    if first.token_ids is None or now.token_ids is None:
+        return (p - q).abs().sum(-1)
+    both = first.token_ids[:, :, None] == now.token_ids[:, None, :]
+    shared = (both * (p[:, :, None] - q[:, None, :]).abs()).sum((-2, -1))
+    only_first = (p - q[:, -1:]).clamp(min=0).masked_fill(both.any(-1), 0).sum(-1)
+    only_now = (q - p[:, -1:]).clamp(min=0).masked_fill(both.any(-2), 0).sum(-1)
+    return shared + only_first + only_now

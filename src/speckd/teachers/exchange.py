@@ -82,6 +82,13 @@ def server_url(text: str) -> str:
     return str(url).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
+def tls_of(urls: list[str]) -> ssl.SSLContext:
+    """What certificates are verified with. To read the authorities takes 40 ms; where no address is https none is trusted."""
+    if any(httpx.URL(url).scheme == "https" for url in urls):
+        return httpx.create_ssl_context()
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
 def is_loopback(url: str) -> bool:
     """Whether an address is this machine's own, which no proxy can reach."""
     host = httpx.URL(url).host
@@ -204,13 +211,13 @@ class Connections:
 def _meaning(error: BaseException, wait: Timeouts) -> BaseException:
     """What an exception of the network means for the question."""
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)):
-        return Unreachable(f"no connection ({error or type(error).__name__})")
+        return Unreachable(f"no connection ({str(error) or type(error).__name__})")
     if isinstance(error, TimeoutError):
         return Broken(f"no whole response in {wait.request_s:g} s")
     if isinstance(error, httpx.TimeoutException):
         return Broken(f"silence for {wait.read_s:g} s")
     if isinstance(error, httpx.HTTPError):
-        return Broken(f"a broken connection ({error or type(error).__name__})")
+        return Broken(f"a broken connection ({str(error) or type(error).__name__})")
     return error
 
 

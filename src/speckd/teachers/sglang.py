@@ -38,8 +38,8 @@ class SGLang:
         whole = len(named) == 1 and numbers == [str(i) for i in range(len(heard))]
         return Reply(None, named.pop() if whole else None, heard)
 
-    def allow(self, count: int) -> str:
-        return f"a limit of at least {count} top_logprobs_num"
+    def allow(self, wanted: Wanted) -> str:
+        return f"a limit of at least {wanted.count} for top_logprobs_num"
 
     def lengthen(self, tokens: int) -> str:
         return f"--context-length {tokens}"

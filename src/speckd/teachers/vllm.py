@@ -46,8 +46,8 @@ class VLLM:
         echoed = reply.get("id")
         return Reply(field(reply, "model", str), echoed.removeprefix("cmpl-") if isinstance(echoed, str) else None, heard)
 
-    def allow(self, count: int) -> str:
-        return f"--max-logprobs {count}"
+    def allow(self, wanted: Wanted) -> str:
+        return f"--max-logprobs {-1 if wanted.whole else wanted.count}"
 
     def lengthen(self, tokens: int) -> str:
         return f"--max-model-len {tokens}"
