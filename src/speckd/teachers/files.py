@@ -91,13 +91,12 @@ def alone(files: Files, path: Path, patience: float) -> Iterator[None]:
         StoreError: somebody else still writes it.
     """
     lock = FileLock(path.with_name(path.name + ".lock"))
-    try:
-        with named(path):
+    with named(path):
+        try:
             lock.acquire(timeout=patience)
-    except Timeout:
-        raise StoreError(
-            f"{path}: another process is writing it", "Wait for it, or stop it; let one process write a shard"
-        ) from None
+        except Timeout:
+            fix = "Wait for it, or stop it; let one process write a shard"
+            raise StoreError(f"{path}: another process is writing it", fix) from None
     try:
         with named(path):
             files.remove(partial(path))

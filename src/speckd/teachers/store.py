@@ -208,8 +208,8 @@ class Store:
         return self.totals.sequences
 
     def bytes_per_token(self) -> float:
-        """Of all shards, by answered position."""
-        return self.totals.size / max(1, self.totals.answers)
+        """Of all shards, by answered position; 0 where there is none."""
+        return self.totals.size / self.totals.answers if self.totals.answers else 0.0
 
     def require(
         self, provenance: Provenance, kind: Kind | None = None, vocabulary_size: int | None = None, top_k: int | None = None
@@ -230,9 +230,7 @@ class Store:
         if vocabulary_size is not None and vocabulary_size != self.layout.vocabulary_size:
             wrong.append(f"vocabulary_size is {self.layout.vocabulary_size} there and {vocabulary_size} now")
         if top_k is not None and top_k > self.layout.exact_top_k:
-            wrong.append(
-                f"the most probable tokens are known up to {self.layout.exact_top_k} there and needed up to {top_k} now"
-            )
+            wrong.append(f"ranks are known up to {self.layout.exact_top_k} there and needed up to {top_k} now")
         if wrong:
             raise StoreError(
                 f"{self.folder}: the cached teacher is not this run's: {'; '.join(wrong)}",
