@@ -26,12 +26,12 @@ class Kept:
 
     def named(self, name: str, data: bytes) -> bool:
         """Whether a change of that file is found: when it is opened, or verified and by every read that it touches."""
-        files = DamagedFiles(self.contents | {name: data})
-        error = refusal(lambda: Store.open(self.folder, files))
+        files, opened = DamagedFiles(self.contents | {name: data}), []
+        error = refusal(lambda: opened.append(Store.open(self.folder, files)))
         if error is not None:
             assert str(self.folder) in error.what
             return True
-        store = Store.open(self.folder, files)
+        store = opened[0]
         error, refused = refusal(store.verify), 0
         assert error is None or name in error.what
         for (token_ids, _), answer in zip(self.made, self.answers, strict=True):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -104,6 +105,22 @@ def test_a_failing_disk_is_named_and_what_was_published_stays(tmp_path, whole, f
         assert all(whole[name] == data for name, data in left.items() if name in whole)
         if not for_good:
             assert not [name for name in left if name.endswith(".partial")] or operation == "remove"
+        capture(folder, LAYOUT, PARTS)
+        assert contents(folder) == whole
+
+
+def test_a_real_limit_of_the_operating_system(tmp_path, whole) -> None:
+    """RLIMIT_FSIZE, in a process of its own: a file may have so many bytes and no more."""
+    for limit in (0, 100, 700, max(map(len, whole.values())) - 1):
+        folder = tmp_path / str(limit)
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            error = refusal(lambda folder=folder: capture(folder, LAYOUT, PARTS))
+            os._exit(0 if error is not None and "File too large" in error.what and "Free some space" in error.fix else 1)
+        assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 0
+        assert all(whole[name] == data for name, data in contents(folder).items() if name in whole)
         capture(folder, LAYOUT, PARTS)
         assert contents(folder) == whole
 
