@@ -82,6 +82,10 @@ class FailingFiles(Files):
         self._step("names")
         return super().names(folder)
 
+    def exists(self, path: Path) -> bool:
+        self._step("exists")
+        return super().exists(path)
+
     def size(self, path: Path) -> int:
         self._step("size")
         return super().size(path)

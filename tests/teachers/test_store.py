@@ -1,6 +1,7 @@
 """The folder: what is captured is found by its tokens, and nothing else is."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from speckd.teachers.files import FileLock, partial
 from speckd.teachers.layout import Kind, Layout
 from speckd.teachers.record import decode, encode
 from speckd.teachers.store import Store, StoreWriter
+from tests.teachers.faults import refusal
 from tests.teachers.made import PROVENANCE, capture, contents, entries, keys, layouts, planned, same, stored
 
 LAYOUT = Layout(Kind.TOP_K, 50, 8)
@@ -147,6 +149,32 @@ def test_a_shard_is_written_by_one_process_at_a_time(tmp_path, monkeypatch) -> N
     mixed = contents(tmp_path)
     capture(tmp_path / "alone", LAYOUT, parts)
     assert mixed == contents(tmp_path / "alone")
+
+
+def test_processes_capture_and_read_side_by_side(tmp_path) -> None:
+    """Four writers, each its shards, and a reader that sees nothing or the whole."""
+    parts = planned(entries(LAYOUT, [20] * 24), 12)
+    capture(tmp_path / "alone", LAYOUT, parts)
+    answers = [Store.open(tmp_path / "alone").answer(token_ids) for part in parts for token_ids, _ in part]
+    children = []
+    for rank in range(4):
+        child = os.fork()
+        if child == 0:
+            writer = StoreWriter.open(tmp_path / "cache", LAYOUT, PROVENANCE, keys(parts))
+            own = range(rank, 12, 4)
+            os._exit(1 if any(refusal(lambda n=n: writer.write(n, parts[n])) for n in writer.missing(own)) else 0)
+        children.append(child)
+    read: list[Store] = []
+    while children or not read:
+        error = refusal(lambda: read.append(Store.open(tmp_path / "cache")))
+        assert error is None or "no cached teacher" in error.what or "not finished" in error.what
+        if children:
+            assert os.waitpid(children.pop(), 0)[1] == 0
+        else:
+            StoreWriter.open(tmp_path / "cache", LAYOUT, PROVENANCE, keys(parts)).publish()
+    found = [read[0].answer(token_ids) for part in parts for token_ids, _ in part]
+    assert all(same(a, b) for a, b in zip(found, answers, strict=True))
+    assert contents(tmp_path / "cache") == contents(tmp_path / "alone")
 
 
 def test_what_a_killed_writer_left_is_cleaned_up_and_what_a_live_one_has_is_not(tmp_path) -> None:
