@@ -16,6 +16,7 @@ Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint16]
 Values = npt.NDArray[np.float32]
 NEVER = 0x7C00  # the code of −inf
+_NOTHING = 1e-15  # what a sum near 1 does not feel, in float64
 #: [0x7C01]: the probability that each code stands for.
 PROBABILITIES = np.exp(-np.arange(NEVER + 1, dtype="<u2").view("<f2").astype(np.float64))
 
@@ -146,7 +147,7 @@ def _keep_below(
         lower = np.where(never[rows], NEVER, codes[rows] + 1)
         _check_range(lower, never[rows])
         gain = (PROBABILITIES[codes[rows]] - PROBABILITIES[lower])[:, ::-1].cumsum(-1)[:, ::-1]
-        first = np.maximum((gain > over[rows, None]).sum(-1) - 1, 0)
+        first = np.maximum((gain > over[rows, None] + _NOTHING).sum(-1) - 1, 0)
         of_its_tie = np.maximum.accumulate(np.where(rising[rows], places, 0), axis=-1)  # equal ones stay equal
         first = np.take_along_axis(of_its_tie, first[:, None], -1)
         codes[rows] = np.where(places >= first, lower, codes[rows])

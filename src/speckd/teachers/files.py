@@ -47,20 +47,17 @@ class Files:
     def names(self, folder: Path) -> list[str]:
         return sorted(os.listdir(folder))
 
+    def exists(self, path: Path) -> bool:
+        return path.exists()
+
     def size(self, path: Path) -> int:
         return path.stat().st_size
 
     def read(self, path: Path, offset: int, length: int) -> bytes:
         """Up to so many bytes from there. Not memory-mapped: a file that shrinks then kills the process instead of an error."""
-        with open(path, "rb", buffering=0) as file:
-            parts, at = [], offset
-            while at < offset + length:
-                part = os.pread(file.fileno(), offset + length - at, at)
-                if not part:
-                    break
-                parts.append(part)
-                at += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
 
 
 @contextmanager
@@ -73,6 +70,11 @@ def named(path: Path) -> Iterator[None]:
         raise StoreError(
             f"{path}: {error.strerror or error}", f"{fix}, then run `speckd cache` again: it makes what is missing"
         ) from error
+
+
+def exists(files: Files, path: Path) -> bool:
+    with named(path):
+        return files.exists(path)
 
 
 def read_all(files: Files, path: Path) -> bytes:
@@ -91,20 +93,19 @@ def alone(files: Files, path: Path, patience: float) -> Iterator[None]:
         StoreError: somebody else still writes it.
     """
     lock = FileLock(path.with_name(path.name + ".lock"))
-    try:
-        with named(path):
+    with named(path):
+        try:
             lock.acquire(timeout=patience)
-    except Timeout:
-        raise StoreError(
-            f"{path}: another process is writing it", "Wait for it, or stop it; let one process write a shard"
-        ) from None
+        except Timeout:
+            fix = "Wait for it, or stop it; let one process write a shard"
+            raise StoreError(f"{path}: another process is writing it", fix) from None
     try:
         with named(path):
             files.remove(partial(path))
         yield
         # Whoever gets a lock that is gone sees that the file is there and writes nothing; before, the lock must stay.
-        if path.exists():
-            with suppress(OSError):
+        with suppress(OSError):
+            if files.exists(path):
                 files.remove(path.with_name(path.name + ".lock"))
     finally:
         lock.release()

@@ -43,7 +43,7 @@ def require_answer(token_ids: Tensor, answer: Answer, layout: Layout) -> None:
     )
     if ids is None:
         known = log_probs.gather(-1, following[:, None])[:, 0]
-        return _require({_OTHER_TOKEN: _near(known, labels)})
+        return _require({_OTHER_TOKEN: bool(_near(known, labels).all())})
     _require(
         {
             "a token id is outside the vocabulary": not ids.numel()
@@ -59,8 +59,7 @@ def require_answer(token_ids: Tensor, answer: Answer, layout: Layout) -> None:
         _require(
             {
                 "the most probable token is not first": bool((log_probs[:, 1:] <= log_probs[:, :-1]).all()),
-                _OTHER_TOKEN: _near(known[inside], labels[inside])
-                and bool((labels <= last + _LABEL_TOLERANCE * (1 + last.abs()))[~inside].all()),
+                _OTHER_TOKEN: bool(torch.where(inside, _near(known, labels), (labels <= last) | _near(labels, last)).all()),
             }
         )
 
@@ -75,5 +74,5 @@ def _at_most_zero(log_probs: Tensor) -> bool:
     return bool((log_probs <= _MASS_TOLERANCE).all())  # NaN is not
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= _LABEL_TOLERANCE * (1 + b.abs())).logical_or(a == b).all())
+def _near(a: Tensor, b: Tensor) -> Tensor:
+    return torch.isclose(a, b, rtol=_LABEL_TOLERANCE, atol=_LABEL_TOLERANCE)

@@ -134,7 +134,7 @@ def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor |
     if positions is None or torch.equal(positions, whole.positions):
         return whole
     try:
-        return whole.at(positions)
+        return whole.at(positions.contiguous())
     except KeyError:
         raise StoreError(
             "the cache holds this sequence, but not at all the positions that are trained on",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from speckd.errors import StoreError
 from speckd.teachers.answers import Answer
-from speckd.teachers.files import PARTIAL, Files, alone, named, publish
+from speckd.teachers.files import PARTIAL, Files, alone, exists, named, publish
 from speckd.teachers.layout import Kind, Layout
 from speckd.teachers.manifest import (
     MANIFEST,
@@ -110,9 +110,9 @@ class StoreWriter:
 
     def _agree_on_plan(self) -> None:
         path, wanted = self.folder / PLAN, self.plan.content()
-        if not path.exists():
+        if not exists(self.files, path):
             with alone(self.files, path, _PATIENCE):
-                if not path.exists():
+                if not exists(self.files, path):
                     publish(self.files, path, [document(wanted)])
         kept = read_document(self.files, path)
         changed = list(differences(kept, as_json(wanted)))
@@ -124,7 +124,7 @@ class StoreWriter:
 
     def _published(self, number: int, thorough: bool) -> bool:
         path = self._path(number)
-        if not path.exists():
+        if not exists(self.files, path):
             return False
         shard = open_shard(self.files, path)
         _require_place(shard, number, self.plan.digest(), self.plan.layout)
@@ -148,10 +148,10 @@ class StoreWriter:
                 continue  # somebody is at it
 
     def _holds(self, path: Path, data: bytes) -> bool:
-        if not path.exists():
-            return False
         with named(path):
-            return self.files.size(path) == len(data) and self.files.read(path, 0, len(data)) == data
+            return (
+                self.files.exists(path) and self.files.size(path) == len(data) and self.files.read(path, 0, len(data)) == data
+            )
 
     def _path(self, number: int) -> Path:
         return self.folder / shard_name(number)
@@ -180,8 +180,8 @@ class Store:
         """
         folder, files = Path(folder), files or Files()
         path = folder / MANIFEST
-        if not path.exists():
-            begun = (folder / PLAN).exists()
+        if not exists(files, path):
+            begun = exists(files, folder / PLAN)
             raise StoreError(
                 f"{folder}: {'a capture that is not finished' if begun else 'no cached teacher'} (there is no {MANIFEST})",
                 "Run `speckd cache` with this configuration" + (" again: it makes what is missing" if begun else ""),
@@ -193,8 +193,10 @@ class Store:
         keys = np.concatenate([np.empty(0, "V16"), *(shard.index["key"] for shard in shards)])
         prefixes = np.frombuffer(keys.tobytes(), dtype="<u8")[::2]
         order = np.argsort(prefixes, kind="stable")
-        places = np.array([(s, r) for s, shard in enumerate(shards) for r in range(len(shard.index))], dtype=np.int64)
-        return cls(folder, manifest, shards, prefixes[order], places.reshape(-1, 2)[order], files)
+        lengths = [len(shard.index) for shard in shards]
+        records = np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(length) for length in lengths)])
+        places = np.stack([np.repeat(np.arange(len(shards)), lengths), records], -1)
+        return cls(folder, manifest, shards, prefixes[order], places[order], files)
 
     @property
     def layout(self) -> Layout:
@@ -208,8 +210,8 @@ class Store:
         return self.totals.sequences
 
     def bytes_per_token(self) -> float:
-        """Of all shards, by answered position."""
-        return self.totals.size / max(1, self.totals.answers)
+        """Of all shards, by answered position; 0 where there is none."""
+        return self.totals.size / self.totals.answers if self.totals.answers else 0.0
 
     def require(
         self, provenance: Provenance, kind: Kind | None = None, vocabulary_size: int | None = None, top_k: int | None = None
@@ -230,9 +232,7 @@ class Store:
         if vocabulary_size is not None and vocabulary_size != self.layout.vocabulary_size:
             wrong.append(f"vocabulary_size is {self.layout.vocabulary_size} there and {vocabulary_size} now")
         if top_k is not None and top_k > self.layout.exact_top_k:
-            wrong.append(
-                f"the most probable tokens are known up to {self.layout.exact_top_k} there and needed up to {top_k} now"
-            )
+            wrong.append(f"ranks are known up to {self.layout.exact_top_k} there and needed up to {top_k} now")
         if wrong:
             raise StoreError(
                 f"{self.folder}: the cached teacher is not this run's: {'; '.join(wrong)}",
@@ -289,7 +289,7 @@ def _opened(files: Files, folder: Path, manifest: Manifest, number: int) -> Shar
     path = folder / shard_name(number)
     if expected["name"] != path.name:
         raise StoreError(f"{folder / MANIFEST}: shard {number} is called {expected['name']}", _FIX)
-    if not path.exists():
+    if not exists(files, path):
         raise StoreError(f"{path}: there is no such file", _RESUME)
     shard = open_shard(files, path)
     _require_place(shard, number, bytes.fromhex(manifest.plan), manifest.layout)

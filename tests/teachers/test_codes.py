@@ -1,0 +1,96 @@
+"""Ids as wide as they need be, and log-probabilities at 16 bits whose order is exact."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speckd.errors import StoreError
+from speckd.teachers.codes import NEVER, decoded, full_codes, pack_ids, packed_size, ranked_codes, spread, unpack_ids
+from speckd.types import DenseSignal
+from tests.teachers.made import teacher_log_probs
+
+BOUNDARIES = [0, 1, 255, 256, 65535, 65536, 131071, 131072, 151935]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 256, 257, 512, 32_000, 65_536, 65_537, 131_072, 131_073, 151_936, 2**31])
+def test_ids_read_back_and_take_no_more_bits_than_the_vocabulary_needs(vocabulary) -> None:
+    bits = (vocabulary - 1).bit_length()
+    some = [i for i in BOUNDARIES if i < vocabulary] + [vocabulary - 1]
+    for count in range(20):
+        ids = np.array((some * 20)[:count], dtype=np.int64)
+        packed = pack_ids(ids, bits)
+        assert len(packed) == packed_size(count, bits) <= bits * ((count + 7) // 8)
+        assert (unpack_ids(np.frombuffer(packed, dtype=np.uint8), count, bits) == ids).all()
+
+
+@st.composite
+def rows(draw) -> tuple[np.ndarray, int]:
+    """Log-probabilities of a whole vocabulary, from flat to peaked, with ties and zeros, and a K."""
+    vocabulary = draw(st.sampled_from([1, 2, 3, 17, 300, 5000]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 1.0, 10.0, 300.0]))
+    made = teacher_log_probs(draw(st.integers(0, 9)), vocabulary, generator, scale, draw(st.booleans()), draw(st.booleans()))
+    return made.numpy(), draw(st.integers(1, min(vocabulary, 200)))
+
+
+@given(drawn=rows())
+def test_codes_keep_every_order_and_tie_and_a_tail(counted, drawn) -> None:
+    counted()
+    log_probs, k = drawn
+    top = torch.from_numpy(log_probs).topk(k).values
+    tail = k < log_probs.shape[-1]
+    read = decoded(ranked_codes(top.numpy(), tail))
+    assert torch.equal(top.diff().sign(), read.diff().sign())
+    assert torch.equal(top == -torch.inf, read == -torch.inf)
+    left, true_left = 1 - read.double().exp().sum(-1), 1 - top.double().exp().sum(-1)
+    assert (left > 0).all()  # nothing has more than everything
+    assert (left >= 0.5 * true_left - 1e-12).all()
+
+
+@given(drawn=rows())
+def test_codes_are_two_off_at_most_and_in_a_crowd_half_of_it_more(counted, drawn) -> None:
+    """Of the nearest float16; without a crowd that is at most 2.5 · 2^-10 of the log-probability."""
+    counted()
+    log_probs, k = drawn
+    top = torch.from_numpy(log_probs).topk(k).values
+    codes, nearest = (c.astype(int) for c in (ranked_codes(top.numpy(), tail=True), top.half().numpy().view("<u2") & 0x7FFF))
+    assert (abs(codes - nearest) <= 2 + k / 2).all()
+    for row, near in zip(codes, nearest, strict=True):
+        if (np.diff(near) > 3).all():
+            assert (abs(row - near) <= 2).all()
+
+
+@given(drawn=rows(), ordered=st.sampled_from([1, 5, 128]))
+def test_a_whole_vocabulary_keeps_the_verdicts_up_to_so_many(counted, drawn, ordered) -> None:
+    counted()
+    log_probs, _ = drawn
+    given_signal = DenseSignal(torch.from_numpy(log_probs))
+    codes = full_codes(log_probs, ordered)
+    read = DenseSignal(decoded(codes))
+    for k in {1, ordered // 2 + 1, ordered}:
+        for token in np.unique(np.linspace(0, log_probs.shape[-1] - 1, 9, dtype=int)).tolist():
+            ids = torch.full((len(log_probs),), token)
+            assert torch.equal(read.in_top_k(ids, k), given_signal.in_top_k(ids, k))
+    falling = np.argsort(-log_probs, axis=-1, kind="stable")
+    assert (np.diff(np.take_along_axis(codes.astype(int), falling, -1)) >= 0).all()
+
+
+def test_spread_moves_a_crowd_to_both_sides_and_leaves_the_rest() -> None:
+    codes = np.array([[100, 200, 200, 200, 200, 300]], dtype=np.int32)
+    rising = np.array([[False, True, True, True, True, True]])
+    assert spread(codes, rising).tolist() == [[100, 198, 199, 200, 201, 300]]
+    tie = np.array([[False, True, False, False, True, True]])
+    assert spread(codes, tie).tolist() == [[100, 199, 199, 199, 200, 300]]
+
+
+def test_what_16_bits_cannot_hold_is_refused_by_name() -> None:
+    assert ranked_codes(np.array([[0.0, -60_000.0, -np.inf]], dtype=np.float32), tail=True)[0, 2] == NEVER
+    for tail in (False, True):
+        with pytest.raises(StoreError, match="below what 16 bits hold.*32 bits"):
+            ranked_codes(np.array([[0.0, -70_000.0]], dtype=np.float32), tail)
+        with pytest.raises(StoreError, match="below what 16 bits hold"):
+            ranked_codes(np.array([[0.0, -65_500.0, -65_501.0, -65_502.0]], dtype=np.float32), tail)
+    with pytest.raises(StoreError, match="below what 16 bits hold"):
+        full_codes(np.array([[0.0, -1e6]], dtype=np.float32), 1)
