@@ -9,11 +9,13 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from trl import SFTConfig
 
-from speckd.config import MethodConfig, Options
+from speckd.config import MethodConfig, Options, nearest
 from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
 from speckd.teachers.placement import existing_device
 
+#: Where a teacher may live.
+TEACHERS = ("model", "cache", "server", "base")
 #: Held-out measures of which less is better; of the others more is.
 LOWER_IS_BETTER = {"loss", "nll", "kl", "kl_at_least"}
 
@@ -35,6 +37,12 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     ]
 
     output_dir: str | None = field(default=None, metadata={"help": "where the student, its card and its log are written"})
+    teacher: str = field(
+        default="model",
+        metadata={
+            "help": "model (teacher_model_name_or_path), cache, server, or base: the student's own base, without adapter"
+        },
+    )
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "path or hub id of the teacher"})
     teacher_model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the teacher"})
     teacher_model_init_kwargs: Options | None = field(
@@ -119,12 +127,26 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             )
         if isinstance(self.teacher_model_init_kwargs, str):
             self.teacher_model_init_kwargs = _json("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
+        self._refuse_contradicting_teachers()
         if self.teacher_device is not None:
             existing_device("teacher_device", self.teacher_device)
             if "device_map" in (self.teacher_model_init_kwargs or {}):
                 raise ConfigError(
                     "teacher_device and a device_map in teacher_model_init_kwargs both place the teacher", "Remove one of them"
                 )
+
+    def _refuse_contradicting_teachers(self) -> None:
+        if self.teacher not in TEACHERS:
+            raise ConfigError(f"teacher: '{self.teacher}' is no kind of teacher", nearest(str(self.teacher), list(TEACHERS)))
+        of_a_model = (
+            "teacher_model_name_or_path",
+            "teacher_model_revision",
+            "teacher_model_init_kwargs",
+            "teacher_device",
+        )
+        for key in of_a_model if self.teacher == "base" else ():
+            if getattr(self, key) is not None:
+                raise ConfigError(f"{key} is set, but with teacher: base the student's own base teaches", f"Remove {key}")
 
     def chunk_size(self, vocabulary: int) -> int:
         """Tokens whose logits the loss holds at once: as given, or as many as the budget holds, up to what speed asks for.
