@@ -60,11 +60,11 @@ class BatchShape:
 class RunShape:
     """What decides the memory of a run.
 
-    `teacher`: None where there is none; `teacher_elsewhere`: has it devices of its own; `base_teaches`: is it the student without
-    its adapter; `chunk`: tokens whose logits stand at once; `vocabulary`: tokens that both models share; `distils`: does the
-    loss ask the teacher; `adapter`: PEFT's settings; `evaluation`: a held-out batch, or None; `autocast`: of the student's
-    forward, None for the weights' own precision; `checkpointing`: the options of gradient checkpointing, None where it is off;
-    `distributed`: does DDP wrap the student.
+    `teacher`: None where there is none; `teacher_elsewhere`: has it devices of its own; `base_teaches`: is it the student's own
+    base; `chunk`: tokens whose logits stand at once; `vocabulary`: tokens that both models share; `distils`: does the loss ask
+    the teacher; `adapter`: PEFT's settings; `evaluation`: a held-out batch, or None; `autocast`: of the student's forward, None
+    for the weights' own precision; `checkpointing`: the options of gradient checkpointing, None where it is off; `distributed`:
+    does DDP wrap the student.
     """
 
     student: ModelShape

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from speckd.arguments import SpecKDConfig
+from speckd.dry_run import step_facts
 from speckd.errors import CapabilityError
 from speckd.head import LMHead
 from speckd.memory_report import _run_shape
+from speckd.run import _adapter
 from speckd.settings import load_settings
 from speckd.tasks import build_tokenizer
 from speckd.teachers.base import without_adapter
@@ -70,7 +74,7 @@ def test_it_says_what_a_copy_of_the_base_says(dropping: Path, world: World, tmp_
 def test_lora_begins_as_its_base(world: World, tmp_path: Path, more: list[str]) -> None:
     assert run_cli(with_base(world.student, world.data, tmp_path / "out", *UNGATED, *more)) == 0
     first, last = log_of(tmp_path / "out")[0], log_of(tmp_path / "out")[-1]
-    assert abs(first["divergence"]) < 1e-7 < 1e-6 < last["divergence"] and first["tar"] == 1
+    assert abs(first["divergence"]) < 1e-7 and last["divergence"] > 1e-6 and first["tar"] == 1
 
 
 def test_two_processes_are_one(world: World, tmp_path: Path) -> None:
@@ -96,9 +100,8 @@ def test_modes_and_gradients_come_back_as_they_were(dropping: Path) -> None:
     frozen = next(p for name, p in student.named_parameters() if "lora_A" in name).requires_grad_(False)
     modes = {name: module.training for name, module in student.named_modules()}
     learning = {name: p.requires_grad for name, p in student.named_parameters()}
-    with without_adapter(student), pytest.raises(ZeroDivisionError), without_adapter(student):
+    with without_adapter(student):
         assert not any(module.training for module in student.modules())
-        raise ZeroDivisionError
     assert modes == {name: module.training for name, module in student.named_modules()} and not odd.training
     assert learning == {name: p.requires_grad for name, p in student.named_parameters()} and not frozen.requires_grad
     ids = torch.arange(20, 60)[None]
@@ -116,13 +119,7 @@ def test_the_heads_of_base_and_student_are_told_apart(dropping: Path) -> None:
 
 
 def trainer_of(world: World, model: Any, output: Path) -> SpecKDTrainer:
-    from datasets import Dataset
-
-    from speckd.arguments import SpecKDConfig
-
-    args = SpecKDConfig(
-        output_dir=str(output), use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True, teacher="base"
-    )
+    args = SpecKDConfig(output_dir=str(output), use_cpu=True, max_steps=1, save_strategy="no", teacher="base")
     tokenizer = build_tokenizer()
     return SpecKDTrainer(model, None, args, Dataset.from_list(task_rows(8)), processing_class=tokenizer)
 
@@ -144,11 +141,6 @@ def test_students_without_a_base_to_go_back_to_are_refused(world: World, tmp_pat
 
 
 def test_the_plan_counts_no_second_model(world: World, tmp_path: Path) -> None:
-    from datasets import Dataset
-
-    from speckd.dry_run import step_facts
-    from speckd.run import _adapter
-
     facts = []
     for flags in (with_base, with_copy):
         settings = load_settings(None, None, flags(world.student, world.data, tmp_path / "out"))
