@@ -14,7 +14,8 @@ from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
 from speckd.teachers.placement import existing_device
 
-TEACHERS = ("model", "cache", "server")
+#: Where a teacher may live.
+TEACHERS = ("model", "cache", "server", "base")
 #: Held-out measures of which less is better; of the others more is.
 LOWER_IS_BETTER = {"loss", "nll", "kl", "kl_at_least"}
 
@@ -38,7 +39,10 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     output_dir: str | None = field(default=None, metadata={"help": "where the student, its card and its log are written"})
     teacher: str = field(
         default="model",
-        metadata={"help": "where it is: model (in this process), cache (what 'speckd cache' kept) or server (vLLM, SGLang)"},
+        metadata={
+            "help": "where it is: model (in this process), cache (what 'speckd cache' kept), server (vLLM, SGLang), or base: "
+            "the student's own base, without its adapter"
+        },
     )
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "path or hub id of the teacher"})
     teacher_model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the teacher"})
@@ -150,6 +154,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             )
         if isinstance(self.teacher_model_init_kwargs, str):
             self.teacher_model_init_kwargs = _json("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
+        self._refuse_contradicting_teachers()
         if self.teacher_device is not None:
             existing_device("teacher_device", self.teacher_device)
             if "device_map" in (self.teacher_model_init_kwargs or {}):
@@ -180,6 +185,17 @@ class SpecKDConfig(MethodConfig, SFTConfig):
                 "teacher is cache, but teacher_cache_dir is not set", "Name the folder that 'speckd cache' filled"
             )
 
+    def _refuse_contradicting_teachers(self) -> None:
+        of_a_model = (
+            "teacher_model_name_or_path",
+            "teacher_model_revision",
+            "teacher_model_init_kwargs",
+            "teacher_device",
+        )
+        for key in of_a_model if self.teacher == "base" else ():
+            if getattr(self, key) is not None:
+                raise ConfigError(f"{key} is set, but with teacher: base the student's own base teaches", f"Remove {key}")
+
     def chunk_size(self, vocabulary: int) -> int:
         """Tokens whose logits the loss holds at once: as given, or as many as the budget holds, up to what speed asks for.
 
@@ -206,7 +222,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ConfigError(f"{key} is '{value}'", nearest(value, list(known)))
+        raise ConfigError(f"{key}: '{value}' is not one of its values", nearest(str(value), list(known)))
 
 
 def _bytes(key: str, text: str) -> int:

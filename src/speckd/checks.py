@@ -101,7 +101,7 @@ def check_models_exist(settings: Settings) -> None:
     student, teacher = settings.model.model_name_or_path, settings.teacher_model
     if student is None:
         raise ConfigError("model_name_or_path is not set: there is no student", "Give a path or hub id")
-    if teacher is None and not settings.teacher_elsewhere and settings.training.objective().needs_teacher:
+    if teacher is None and settings.training.teacher == "model" and settings.training.objective().needs_teacher:
         raise ConfigError(
             "teacher_model_name_or_path is not set: there is no teacher", "Give a path or hub id, or --recipe sft"
         )

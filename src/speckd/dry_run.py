@@ -60,10 +60,11 @@ class BatchShape:
 class RunShape:
     """What decides the memory of a run.
 
-    `teacher`: None where there is none; `teacher_elsewhere`: has it devices of its own; `chunk`: tokens whose logits stand
-    at once; `vocabulary`: tokens that both models share; `distils`: does the loss ask the teacher; `adapter`: PEFT's settings;
-    `evaluation`: a held-out batch, or None; `autocast`: of the student's forward, None for the weights' own precision;
-    `checkpointing`: the options of gradient checkpointing, None where it is off; `distributed`: does DDP wrap the student.
+    `teacher`: None where there is none; `teacher_elsewhere`: has it devices of its own; `base_teaches`: is it the student's own
+    base; `chunk`: tokens whose logits stand at once; `vocabulary`: tokens that both models share; `distils`: does the loss ask
+    the teacher; `adapter`: PEFT's settings; `evaluation`: a held-out batch, or None; `autocast`: of the student's forward, None
+    for the weights' own precision; `checkpointing`: the options of gradient checkpointing, None where it is off; `distributed`:
+    does DDP wrap the student.
     """
 
     student: ModelShape
@@ -74,6 +75,7 @@ class RunShape:
     vocabulary: int
     distils: bool = True
     teacher_elsewhere: bool = False
+    base_teaches: bool = False
     adapter: PeftConfig | None = None
     evaluation: BatchShape | None = None
     autocast: torch.dtype | None = None
@@ -92,7 +94,8 @@ def step_facts(run: RunShape) -> StepFacts:
     student, teacher = _student(run), None if run.teacher is None else _built(run.teacher).eval().requires_grad_(False)
     with _quiet(), FakeTensorMode(), torch.device(run.device), torch.autograd.set_multithreading_enabled(False):
         student, teacher = _placed(student), None if teacher is None else _placed(teacher)
-        answers, held_out = _answers(teacher, run.batch, run.teacher_elsewhere), _held_out(student.eval(), teacher, run)
+        asked = student.eval() if run.base_teaches else teacher
+        answers, held_out = _answers(asked, run.batch, run.teacher_elsewhere), _held_out(student.eval(), asked, run)
         forward, backward = student_step(student.train(), run)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         gradients, name = _bytes(trained), run.optimizer

@@ -140,7 +140,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float, overwrite: b
 def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
     """A linear layer's parameters, through PEFT's wrappers: a trained copy, or a base weight plus its low-rank update."""
     if hasattr(layer, "modules_to_save"):
-        layer = layer.modules_to_save[layer.active_adapters[0]]
+        layer = layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapters[0]]
     if not hasattr(layer, "get_base_layer"):
         return layer.weight, layer.bias
     base = layer.get_base_layer()

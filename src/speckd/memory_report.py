@@ -147,6 +147,7 @@ def _run_shape(
         vocabulary=vocabulary,
         distils=distils,
         teacher_elsewhere=_elsewhere(settings),
+        base_teaches=training.teacher == "base",
         adapter=adapter,
         evaluation=None if data[1] is None else _batch(settings, data[1], tokenizer, training.per_device_eval_batch_size),
         autocast=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,

@@ -235,6 +235,13 @@ def _describe(trainer: SpecKDTrainer) -> None:
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
             trained = f", {learning:,} of them trained" if 0 < learning < size else ""
             logger.info("%s: %s parameters%s, %s, on %s.", name, f"{size:,}", trained, model.dtype, model.device)
+    if trainer.args.teacher == "base":
+        logger.info("Teacher: the student's own base, its adapter switched off; no second copy of the weights.")
+
+
+def _teacher_name(settings: Settings) -> str | None:
+    base = settings.training.teacher == "base"
+    return settings.model.model_name_or_path if base else settings.training.teacher_model_name_or_path
 
 
 def _student(settings: Settings) -> Any:
@@ -285,7 +292,7 @@ def _publish(settings: Settings, trainer: SpecKDTrainer, output: Path, start: di
         data |= {"held out": name, "held-out rows": held_out.total, "held-out rows dropped": len(held_out.rows)}
     facts = CardFacts(
         student=str(settings.model.model_name_or_path),
-        teacher=settings.training.teacher_model_name_or_path,
+        teacher=_teacher_name(settings),
         method=describe_method(settings),
         given=settings.given,
         everything=all_settings(settings),

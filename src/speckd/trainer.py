@@ -52,6 +52,7 @@ from speckd.metrics import AcceptanceTally, StarvationWatch
 from speckd.objective import Objective
 from speckd.spans import DATA, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, span
 from speckd.teachers import ScrambledTeacher
+from speckd.teachers.base import BaseSource
 from speckd.teachers.model import ModelSource, on_device
 from speckd.teachers.served import ServedSource
 from speckd.teachers.shared_prompt import PromptSharing, may_pay, why_not_shared
@@ -125,7 +126,8 @@ class SpecKDTrainer(SFTTrainer):
         if args is None:
             raise ConfigError("SpecKDTrainer was given no args", "Pass args=SpecKDConfig(output_dir=...)")
         self.objective = objective or args.objective()
-        if teacher_model is None and teacher_source is None and self.objective.needs_teacher:
+        nobody = teacher_model is None and teacher_source is None and args.teacher != "base"
+        if nobody and self.objective.needs_teacher:
             raise ConfigError("no teacher is given", "Set teacher_model_name_or_path, or label_loss_weight: 1 for SFT")
         if teacher_model is not None and teacher_source is not None:
             raise ConfigError("both teacher_model and teacher_source are given", "Pass one of them")
@@ -167,6 +169,8 @@ class SpecKDTrainer(SFTTrainer):
             self.source = ModelSource(
                 self.teacher, self._vocabulary_with(teacher_processing_class, width), self.accelerator.device
             )
+        elif args.teacher == "base":
+            self.source = self._base_source(width)
         self.vocabulary = SharedVocabulary(width) if self.source is None else self.source.vocabulary
         # Of SFT the teacher is but a measure.
         self._training_vocabulary = self.vocabulary if self.objective.needs_teacher else SharedVocabulary(width)
@@ -198,6 +202,17 @@ class SpecKDTrainer(SFTTrainer):
         if not getattr(self.teacher, "hf_device_map", None):  # unless its layers were placed by hand
             self.teacher.to(self.args.teacher_device or self.accelerator.device)
         self.teacher.eval().requires_grad_(False)
+
+    def _base_source(self, width: int) -> BaseSource:
+        own = self.processing_class
+        adapted, device = self.accelerator.unwrap_model(self.model), self.accelerator.device
+        source = BaseSource(adapted, shared_vocabulary(own, own, width, width), device, self.accelerator.autocast)
+        if self.objective.needs_teacher and not self.objective.label_loss_weight:
+            logger.warning(
+                "teacher: base: the student starts as its teacher, where no divergence has a gradient, and most gates accept "
+                "every token. Set label_loss_weight, or nothing may be learnt."
+            )
+        return source
 
     def _vocabulary_with(self, tokenizer: Any, width: int) -> SharedVocabulary:
         """What the teacher's model and its tokenizer (by default, the one saved with it) share with the student."""

@@ -161,6 +161,10 @@ def without(place: Place, which: str, pattern: str) -> Flags:
     return place.flags()
 
 
+def without_teacher(place: Place, *more: str) -> Flags:
+    return [*common_flags(place.student, None, place.data, place.output), "--max_steps", "2", *more]
+
+
 def cut_short(place: Place, which: str) -> Flags:
     path = place.folder / which / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -319,6 +323,15 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
     ),
     "no device": (lambda p: p.flags("--teacher_device", "gpu1"), ["teacher_device: 'gpu1' is no device", "Here there is cpu"]),
     "device that is not here": (lambda p: p.flags("--teacher_device", "cuda:77"), ["teacher_device", "no device 'cuda:77'"]),
+    "unknown kind of teacher": (lambda p: p.flags("--teacher", "modle"), ["teacher: 'modle'", "Did you mean 'model'?"]),
+    "base of no adapter": (
+        lambda p: [*without_teacher(p), "--teacher", "base"],
+        ["teacher: base needs a student with an adapter", "use_peft: true"],
+    ),
+    "base and another teacher": (
+        lambda p: p.flags("--teacher", "base", "--use_peft", "true"),
+        ["teacher_model_name_or_path is set, but with teacher: base", "Remove teacher_model_name_or_path"],
+    ),
     "teacher placed twice": (
         lambda p: p.flags("--teacher_device", "cpu", "--teacher_model_init_kwargs", '{"device_map": "cpu"}'),
         ["teacher_device", "device_map", "Remove one"],

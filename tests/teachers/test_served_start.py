@@ -208,7 +208,9 @@ def test_addresses() -> None:
     assert server_url("http://host:8000/v1/") == server_url("http://host:8000") == "http://host:8000"
     assert server_url("https://host/behind/a/proxy") == "https://host/behind/a/proxy"
     local = ["http://localhost:1", "http://127.3.2.1", "http://[::1]:8000"]
-    assert all(map(is_loopback, local)) and not any(map(is_loopback, ["http://host", "http://192.0.2.1", "http://localhost.com"]))
+    assert all(map(is_loopback, local)) and not any(
+        map(is_loopback, ["http://host", "http://192.0.2.1", "http://localhost.com"])
+    )
 
 
 @pytest.mark.parametrize(
