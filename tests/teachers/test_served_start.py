@@ -19,6 +19,7 @@ from tests.teachers.faulty_server import FaultyServer
 from tests.teachers.toy import VOCABULARY, Toy, same, tokenized
 
 QUICK = Timeouts(connect_s=0.3, read_s=0.3, request_s=0.5, ready_s=0.5, patience_s=0.5, backoff_s=0.01, longest_backoff_s=0.1)
+PATIENT = Timeouts(backoff_s=0.005, longest_backoff_s=0.02)
 CLIENTS = 64
 TOY = Toy()
 
@@ -86,7 +87,7 @@ def test_requests_hold_no_more_tokens_than_allowed(enter) -> None:
 def test_a_load_of_many_clients(enter) -> None:
     """64 × 50 requests: each answer is the solo one, none is lost."""
     server = enter(FaultyServer())
-    pool = enter(pool_of(server.url, timeouts=Timeouts(ready_s=5), load=Load(concurrency=8, tokens=400)))
+    pool = enter(pool_of(server.url, timeouts=PATIENT, load=Load(concurrency=8, tokens=400)))
     pool.probe(longest=24)
     wrong: list[int] = []
 
@@ -305,7 +306,7 @@ def test_sglang_answers_that_are_not_the_asked_for_ones(enter, top_k: int | None
 
     for fault in (disorder, other_names, short):
         server = enter(FaultyServer(fault=fault, share=0.3, start=3))
-        pool = enter(pool_of(server.url, dialect=SGLang(), timeouts=TIMES, top_k=top_k))
+        pool = enter(pool_of(server.url, dialect=SGLang(), timeouts=PATIENT, top_k=top_k))
         pool.probe(longest=24, texts=TEXTS)
         assert all_right(pool, top_k, count=60)
         assert pool.counters.invalid == server.struck > 0
