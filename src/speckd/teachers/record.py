@@ -8,7 +8,7 @@ first, and differences along K in place of the values.
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
@@ -67,40 +67,68 @@ def encode(token_ids: Tensor, answer: Answer, layout: Layout) -> Encoded:
         StoreError: an answer that cannot be one to these tokens, or does not fit the layout.
     """
     require_answer(token_ids, answer, layout)
-    answered, positions = len(answer.positions), np.zeros(len(token_ids), dtype=np.uint8)
-    positions[answer.positions.numpy()] = 1
-    values, given = answer.log_probs.numpy().astype("<f4", copy=False), np.ascontiguousarray(answer.label_log_probs.numpy())
-    parts, lost = [np.packbits(positions, bitorder="little").tobytes()], Rounding()
-    entries, crowded = answered * layout.width, 0
-    apart = layout.compression is not Compression.NONE
     match layout.kind:
         case Kind.SAMPLED:
-            drawn = drawn_of(answer, layout)
-            entries = len(drawn.token_ids)
-            parts.append(_bytes(drawn.lengths.astype("<u4"), apart))
-            parts.append(pack_ids(drawn.token_ids, layout.id_bits))
-            parts.append(_bytes(drawn.counts.astype(f"<u{layout.count_bytes}"), apart))
+            kept = _keep_drawn(answer, layout)
         case Kind.TOP_K:
-            kept: Codes | Values = values
-            parts.append(pack_ids(_ids(answer).reshape(-1), layout.id_bits))
-            if layout.precision == 16:
-                kept, falls = ranked_codes(values, tail=layout.width < layout.vocabulary_size)
-                lost, crowded = rounding(values, ranked_log_probs(kept, crowd(kept), falls)), len(falls)
-                parts.append(np.packbits(falls, bitorder="little").tobytes())
-            parts.append(_bytes(_steps(kept) if apart else kept, apart))
+            kept = _keep_ranked(answer, layout)
         case Kind.FULL:
-            kept = values
-            if layout.precision == 16:
-                rows = max(1, _AT_ONCE // layout.width)
-                blocks = [values[start : start + rows] for start in range(0, answered, rows)]
-                codes = [full_codes(block, FULL_ORDERED) for block in blocks]
-                lost = sum((rounding(block, decoded(code)) for block, code in zip(blocks, codes, strict=True)), Rounding())
-                kept = np.concatenate([np.empty((0, layout.width), dtype="<u2"), *codes])
-            parts.append(_bytes(kept, apart))
-    body = b"".join([*parts, _bytes(given.astype("<f4"), apart)])
-    stored = zlib.compress(body) if apart else body
-    header = HEADER.pack(sequence_key(token_ids), len(token_ids), answered, entries, crowded, len(stored))
-    return Encoded(header + stored, len(token_ids), answered, lost)
+            kept = _keep_all(answer, layout)
+    positions = np.zeros(len(token_ids), dtype=np.uint8)
+    positions[answer.positions.numpy()] = 1
+    labels = answer.label_log_probs.numpy().astype("<f4")
+    body = np.packbits(positions, bitorder="little").tobytes() + kept.data + _bytes(labels, _apart(layout))
+    stored = zlib.compress(body) if layout.compression is Compression.ZLIB else body
+    numbers = len(token_ids), len(positions.nonzero()[0]), kept.entries, kept.crowded, len(stored)
+    return Encoded(HEADER.pack(sequence_key(token_ids), *numbers) + stored, *numbers[:2], kept.rounding)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What of a body depends on the kind: its bytes, and the numbers of the header."""
+
+    data: bytes
+    entries: int
+    crowded: int = 0
+    rounding: Rounding = field(default_factory=Rounding)
+
+
+def _keep_drawn(answer: Answer, layout: Layout) -> _Kept:
+    drawn, apart = drawn_of(answer, layout), _apart(layout)
+    lengths, ids = _bytes(drawn.lengths.astype("<u4"), apart), pack_ids(drawn.token_ids, layout.id_bits)
+    counts = _bytes(drawn.counts.astype(f"<u{layout.count_bytes}"), apart)
+    return _Kept(lengths + ids + counts, len(drawn.token_ids))
+
+
+def _keep_ranked(answer: Answer, layout: Layout) -> _Kept:
+    assert answer.token_ids is not None
+    ids, values, apart = pack_ids(answer.token_ids.numpy().reshape(-1), layout.id_bits), _values(answer), _apart(layout)
+    if layout.precision == 32:
+        return _Kept(ids + _bytes(_steps(values) if apart else values, apart), values.size)
+    codes, falls = ranked_codes(values, tail=layout.width < layout.vocabulary_size)
+    lost = rounding(values, ranked_log_probs(codes, crowd(codes), falls))
+    data = ids + np.packbits(falls, bitorder="little").tobytes() + _bytes(_steps(codes) if apart else codes, apart)
+    return _Kept(data, values.size, len(falls), lost)
+
+
+def _keep_all(answer: Answer, layout: Layout) -> _Kept:
+    values, rows = _values(answer), max(1, _AT_ONCE // layout.width)
+    if layout.precision == 32:
+        return _Kept(_bytes(values, _apart(layout)), values.size)
+    blocks = [values[start : start + rows] for start in range(0, len(values), rows)]
+    codes = [full_codes(block, FULL_ORDERED) for block in blocks]
+    lost = sum((rounding(block, decoded(code)) for block, code in zip(blocks, codes, strict=True)), Rounding())
+    whole = np.concatenate([np.empty((0, layout.width), dtype="<u2"), *codes])
+    return _Kept(_bytes(whole, _apart(layout)), values.size, rounding=lost)
+
+
+def _values(answer: Answer) -> Values:
+    return answer.log_probs.numpy().astype("<f4", copy=False)
+
+
+def _apart(layout: Layout) -> bool:
+    """Whether numbers are laid out by significance, for the sake of compression."""
+    return layout.compression is not Compression.NONE
 
 
 def body_size(layout: Layout, tokens: int, answered: int, entries: int, crowded: int = 0) -> int:
@@ -117,7 +145,7 @@ def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor |
         StoreError: a record of other tokens, or one that is none; a position without an answer.
     """
     body, answered, entries, crowded = _body(record, token_ids, layout)
-    reader = _Reader(body, layout.compression is not Compression.NONE)
+    reader = _Reader(body, _apart(layout))
     flags = np.unpackbits(reader.raw((len(token_ids) + 7) // 8), bitorder="little")
     there = np.flatnonzero(flags)
     if len(there) != answered or (answered and there[-1] >= len(token_ids) - 1):
@@ -232,12 +260,6 @@ def _drawn(reader: _Reader, answered: int, entries: int, layout: Layout) -> tupl
         raise _damaged("it names a token outside the vocabulary")
     counts = reader.numbers(f"<u{layout.count_bytes}", entries).astype(np.int64)
     return padded(Drawn(lengths, drawn, counts), layout)
-
-
-def _ids(answer: Answer) -> npt.NDArray[np.int64]:
-    assert answer.token_ids is not None
-    ids: npt.NDArray[np.int64] = answer.token_ids.numpy()
-    return ids
 
 
 def _steps(values: Codes | Values) -> npt.NDArray[np.generic]:
