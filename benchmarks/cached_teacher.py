@@ -210,8 +210,8 @@ def main() -> None:
     )
     text = (
         f"{words}.\n\nBare forward: the teacher's decoder over every row and its head at the supervised positions, "
-        f"{1e6 * bare / answered:.0f} µs of CPU a supervised token. Raw float32: log-probabilities and, where they are not all, "
-        f"ids in 32 bits; of the whole vocabulary {4 * work.vocabulary:,}. {DISTILLKIT}.\n\n{sizes}\n\n"
+        f"{1e6 * bare / answered:.0f} µs of CPU a supervised token. Raw float32: log-probabilities and, where not all, ids "
+        f"in 32 bits; of the whole vocabulary {4 * work.vocabulary:,}. {DISTILLKIT}.\n\n{sizes}\n\n"
         f"One training step (Top-5 gate, label fallback), top 32 at 16 bits: **{gain:.2f} ×** faster from the cache.\n\n{times}"
     )
     result = {
