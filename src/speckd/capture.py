@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 #: A shard is what is lost when a capture is killed, and what one process works on: some seconds to minutes of a teacher.
 SHARD_BYTES = 32 * 2**20
-_SHARD_ANSWERS = 2**17
+SHARD_ANSWERS = 2**17
 _STREAM = 3  # of random draws, apart from the gates' and the scrambling's
 
 
@@ -67,7 +67,9 @@ def _fill(folder: Path, settings: Settings, trainer: SpecKDTrainer) -> None:
     if len(own) < len(shards[process::processes]):
         logger.info("%d of %d shards are there already.", len(shards[process::processes]) - len(own), len(shards))
     answers = Answers(trainer, layout, settings.training.effective_gate_seed)
-    with tqdm(total=sum(len(one.positions) for number in own for one in shards[number]), unit=" tokens", desc="Caching") as bar:
+    total = sum(len(one.positions) for number in own for one in shards[number])
+    silent = settings.training.disable_tqdm or process > 0
+    with tqdm(total=total, unit=" tokens", desc="Caching", disable=silent) as bar:
         for number in own:
             writer.write(number, _counted(answers.of(shards[number]), bar))
     trainer.accelerator.wait_for_everyone()
@@ -114,7 +116,7 @@ def provenance(settings: Settings, trainer: SpecKDTrainer) -> dict[str, Any]:
 
 def cut_into_shards(wanted: Sequence[Wanted], layout: Layout) -> list[list[Wanted]]:
     """Neighbours, as many as fill a shard; a matter of data and layout alone, so that every process finds the same."""
-    most = max(1, min(_SHARD_ANSWERS, int(SHARD_BYTES / layout.bytes_per_token())))
+    most = max(1, min(SHARD_ANSWERS, int(SHARD_BYTES / layout.bytes_per_token())))
     shards: list[list[Wanted]] = []
     held = most
     for one in wanted:
