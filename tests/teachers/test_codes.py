@@ -88,6 +88,22 @@ def test_a_crowd_of_a_thousand_in_one_float16_keeps_its_order() -> None:
     assert float((read - near).abs().max()) < 0.02
 
 
+def test_a_crowd_moves_nothing_beside_it() -> None:
+    given = torch.tensor([[-1.0, -9.0, -9.000002, -9.000004, -10.0, -torch.inf, -torch.inf]])
+    read = through(given, tail=False)
+    assert torch.equal(read[:, [0, 1, 4, 5, 6]], given[:, [0, 1, 4, 5, 6]])
+    assert torch.equal(read.diff().sign().nan_to_num(), given.diff().sign().nan_to_num())
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_ties_stay_ties_where_a_row_must_lose_mass(tail) -> None:
+    share = torch.linspace(0.001, 0.24, 2000, dtype=torch.float64)[:, None]
+    given = torch.cat([1 - 3 * share, share, share, share], -1).log().float()
+    read = through(given, tail)
+    assert torch.equal(read.diff().sign(), given.diff().sign())
+    assert (read.double().exp().sum(-1) < 1).all()
+
+
 def test_more_than_float32_can_tell_apart_are_refused() -> None:
     codes, apart = np.full((1, 9000), 100, dtype="<u2"), np.ones(8999, dtype=bool)
     with pytest.raises(StoreError, match="more than 8192 log-probabilities share 16 bits.*32 bits"):

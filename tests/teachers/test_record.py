@@ -113,15 +113,22 @@ def test_drawn_tokens_are_counted_and_padded_with_others() -> None:
         encode(tokens, replace(answer, log_probs=answer.log_probs - 0.1), layout)
 
 
-def _broken(answer: Answer) -> dict[str, Answer]:
-    ids = answer.token_ids
-    assert ids is not None
+def _is_outside(token_ids: torch.Tensor, answer: Answer) -> torch.Tensor:
+    assert answer.token_ids is not None
+    return (answer.token_ids != token_ids[answer.positions + 1][:, None]).all(-1)
+
+
+def _broken(token_ids: torch.Tensor, answer: Answer) -> dict[str, Answer]:
+    ids, labels = answer.token_ids, answer.label_log_probs
+    assert ids is not None and bool(_is_outside(token_ids, answer).any())
     twice, outside = ids.clone(), ids.clone()
     twice[0, 1], outside[0, 0] = twice[0, 0], 50
+    outside_top = torch.full_like(answer.label_log_probs, -0.1)
     nan = answer.log_probs.clone()
     nan[0, -1] = torch.nan
     return {
         "contradicts the tokens'": replace(answer, label_log_probs=answer.label_log_probs.roll(1) - 3),
+        "one place off": replace(answer, label_log_probs=torch.where(_is_outside(token_ids, answer), outside_top, labels)),
         "positions do not ascend": replace(answer, positions=answer.positions.flip(0)),
         "positions lie outside": replace(answer, positions=answer.positions + 1),
         "named twice": replace(answer, token_ids=twice),
@@ -141,7 +148,7 @@ def test_an_answer_that_cannot_be_one_to_its_tokens_is_refused() -> None:
     layout = Layout(Kind.TOP_K, 50, 8)
     token_ids, answer = entries(layout, [10], share=1.0)[0]
     encode(token_ids, answer, layout)
-    for message, broken in _broken(answer).items():
+    for message, broken in _broken(token_ids, answer).items():
         with pytest.raises(StoreError, match=message):
             encode(token_ids, broken, layout)
     full = Layout(Kind.FULL, 50, 50)

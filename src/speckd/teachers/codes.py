@@ -124,7 +124,6 @@ def full_codes(log_probs: Values, ordered: int) -> Codes:
     rising[:, 1:] = best[:, 1:] < best[:, :-1]
     codes = spread(np.take_along_axis(nearest, where, -1), rising)
     after = np.maximum(nearest, codes[:, -1:] + (log_probs < best[:, -1:]))
-    after = np.where(log_probs == best[:, -1:], codes[:, -1:], after)  # a tie of the last one, moved with it
     np.put_along_axis(after, where, codes, -1)
     never = values == -np.inf
     _check_range(after, never)
