@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,8 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     _VALID_DICT_FIELDS = [  # noqa: RUF012  (Transformers' own convention: parsed from JSON on the command line)
         *SFTConfig._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
+        "teachers",
+        "teacher_mixture",
         "gate_options",
         "rejected_options",
         "divergence_options",
@@ -53,6 +56,15 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     )
     teacher_device: str | None = field(
         default=None, metadata={"help": "where the teacher computes, such as cuda:1 or cpu; by default, beside the student"}
+    )
+    teachers: Options | None = field(
+        default=None, metadata={"help": "several teachers in the place of one: a mapping of names to paths or hub ids, or JSON"}
+    )
+    teacher_route_column: str | None = field(
+        default=None, metadata={"help": "the data's column that names, among teachers, each row's own"}
+    )
+    teacher_mixture: Options | None = field(
+        default=None, metadata={"help": "mix the teachers' probabilities: a mapping of their names to weights, or JSON"}
     )
     share_teacher_prompt: bool = field(
         default=True,
@@ -143,10 +155,40 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             "teacher_model_revision",
             "teacher_model_init_kwargs",
             "teacher_device",
+            "teachers",
         )
         for key in of_a_model if self.teacher == "base" else ():
             if getattr(self, key) is not None:
                 raise ConfigError(f"{key} is set, but with teacher: base the student's own base teaches", f"Remove {key}")
+        for name in ("teachers", "teacher_mixture"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, _json(name, getattr(self, name)))
+        self._refuse_contradicting_shares()
+
+    def _refuse_contradicting_shares(self) -> None:
+        """Of several teachers in the work."""
+        mixture = self.teacher_mixture
+        if self.teacher_route_column is not None and mixture is not None:
+            raise ConfigError("teacher_route_column and teacher_mixture both say who teaches what", "Remove one of them")
+        for name, weight in _names("teacher_mixture", mixture).items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                raise ConfigError(f"teacher_mixture: the weight of {name} is {weight!r}", "Give a number above 0")
+        if self.teachers is None:
+            return
+        if self.teacher != "model":
+            raise ConfigError(f"teachers is set, but teacher is '{self.teacher}'", "Remove one of them: teachers are models")
+        for key in ("teacher_model_name_or_path", "teacher_model_revision"):
+            if getattr(self, key) is not None:
+                raise ConfigError(f"{key} and teachers are both set", f"Remove {key}, or give one teacher by it")
+        for name, path in _names("teachers", self.teachers).items():
+            if not isinstance(path, str):
+                raise ConfigError(f"teachers: {name} is {path!r}", "Give a path or hub id")
+        if self.teacher_route_column is None and mixture is None:
+            raise ConfigError(
+                "teachers is set, but nothing says who teaches what", "Set teacher_route_column, or teacher_mixture"
+            )
+        if mixture is not None:
+            require_weights(list(self.teachers), mixture)
 
     def chunk_size(self, vocabulary: int) -> int:
         """Tokens whose logits the loss holds at once: as given, or as many as the budget holds, up to what speed asks for.
@@ -170,6 +212,23 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     @property
     def effective_gate_seed(self) -> int:
         return self.seed if self.gate_seed is None else self.gate_seed
+
+
+def require_weights(names: Iterable[str], mixture: Any) -> None:
+    """Refuses weights of nobody, and teachers without one."""
+    names = list(names)
+    for name in mixture:
+        if name not in names:
+            raise ConfigError(f"teacher_mixture: '{name}' is not among the teachers", nearest(str(name), names))
+    for name in names:
+        if name not in mixture:
+            raise ConfigError(f"teacher_mixture: {name} has no weight", "Give it one, or remove it from teachers")
+
+
+def _names(key: str, given: Any) -> dict[str, Any]:
+    if given is not None and (not isinstance(given, dict) or not given):
+        raise ConfigError(f"{key} is {given!r}", "Give a mapping of names")
+    return given or {}
 
 
 def _bytes(key: str, text: str) -> int:
