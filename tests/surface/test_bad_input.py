@@ -398,7 +398,7 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
         ["teachers: b: there is no folder", "Did you mean"],
     ),
     "one of several with another tokenizer": (
-        lambda p: one_of_another_tokenizer(p),
+        one_of_another_tokenizer,
         ["2 tokens have different ids"],
     ),
     "no column of routes": (
