@@ -14,6 +14,7 @@ from speckd.config import MethodConfig, Options, nearest
 from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
 from speckd.teachers.placement import existing_device
+from speckd.teachers.sharding import SHARDINGS
 
 #: Where a teacher may live.
 TEACHERS = ("model", "cache", "server", "base")
@@ -65,6 +66,9 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     )
     teacher_mixture: Options | None = field(
         default=None, metadata={"help": "mix the teachers' probabilities: a mapping of their names to weights, or JSON"}
+    )
+    teacher_sharding: str = field(
+        default="none", metadata={"help": "cut the teacher's layers over all processes: none, fsdp2, or zero3 (DeepSpeed)"}
     )
     share_teacher_prompt: bool = field(
         default=True,
@@ -164,6 +168,28 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, _json(name, getattr(self, name)))
         self._refuse_contradicting_shares()
+        if self.teacher_sharding != "none":
+            self._refuse_contradicting_sharding()
+
+    def _refuse_contradicting_sharding(self) -> None:
+        how = self.teacher_sharding
+        if how not in SHARDINGS:
+            raise ConfigError(f"teacher_sharding: '{how}' is unknown", nearest(str(how), list(SHARDINGS)))
+        if self.teacher != "model":
+            raise ConfigError(f"teacher_sharding is set, but teacher is '{self.teacher}'", "Remove teacher_sharding")
+        if self.teacher_device is not None or "device_map" in (self.teacher_model_init_kwargs or {}):
+            raise ConfigError(
+                "teacher_sharding and teacher_device or a device_map both place the teacher", "Remove one of them"
+            )
+        if self.teacher_route_column is not None:
+            raise ConfigError(
+                "teacher_sharding: with teacher_route_column not every process asks every teacher, and the others would wait",
+                "Remove one of them, or mix the teachers",
+            )
+        if self.world_size == 1:
+            raise ConfigError(
+                f"teacher_sharding: {how} cuts the teacher over processes, and there is one", "Use torchrun --nproc-per-node N"
+            )
 
     def _refuse_contradicting_shares(self) -> None:
         """Of several teachers in the work."""

@@ -45,6 +45,7 @@ _FREE_ON_RESUME = {
         "early_rejection",
         "per_device_eval_batch_size",
         "teacher_device",
+        "teacher_sharding",
         "share_teacher_prompt",
     ),
 }
@@ -112,6 +113,7 @@ def check_models_exist(settings: Settings) -> None:
         raise ConfigError(
             "teacher_model_name_or_path is not set: there is no teacher", "Give a path or hub id, or --recipe sft"
         )
+    _require_packages(settings)
     of_several = [(f"teachers: {name}", path) for name, path in several.items()]
     for key, name in (("model_name_or_path", student), ("teacher_model_name_or_path", teacher), *of_several):
         if name is not None:
@@ -122,6 +124,12 @@ def check_models_exist(settings: Settings) -> None:
     same_revision = settings.model.model_revision == (settings.training.teacher_model_revision or "main")
     if same_place and same_revision and settings.training.objective().needs_teacher:
         raise ConfigError(f"teacher_model_name_or_path: {teacher} is the student itself", "Give another model as teacher")
+
+
+def _require_packages(settings: Settings) -> None:
+    """What some teachers need, and a user installs or not."""
+    if settings.training.teacher_sharding == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("teacher_sharding: zero3 needs DeepSpeed, which is not installed", "pip install deepspeed, or fsdp2")
 
 
 def _require_model(key: str, name: str, trust_remote_code: bool) -> None:

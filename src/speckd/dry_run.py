@@ -61,10 +61,10 @@ class RunShape:
     """What decides the memory of a run.
 
     `teacher`: None where there is none; `teacher_elsewhere`: has it devices of its own; `more_teachers`: beside it;
-    `base_teaches`: does the student's own base; `chunk`: tokens whose logits stand at once; `vocabulary`: tokens that all
-    share; `distils`: does the loss ask the teacher; `adapter`: PEFT's settings; `evaluation`: a held-out batch, or None;
-    `autocast`: of the student's forward, None for the weights' own precision; `checkpointing`: the options of gradient
-    checkpointing, None where it is off; `distributed`: does DDP wrap the student.
+    `teacher_pieces`: over how many processes they are cut; `base_teaches`: does the student's own base; `chunk`: tokens whose
+    logits stand at once; `vocabulary`: tokens that all share; `distils`: does the loss ask the teacher; `adapter`: PEFT's
+    settings; `evaluation`: a held-out batch, or None; `autocast`: of the student's forward, None for that of the weights;
+    `checkpointing`: the options of gradient checkpointing, None where it is off; `distributed`: does DDP wrap the student.
     """
 
     student: ModelShape
@@ -76,6 +76,7 @@ class RunShape:
     distils: bool = True
     teacher_elsewhere: bool = False
     more_teachers: tuple[ModelShape, ...] = ()
+    teacher_pieces: int = 1
     base_teaches: bool = False
     adapter: PeftConfig | None = None
     evaluation: BatchShape | None = None
@@ -103,7 +104,7 @@ def step_facts(run: RunShape) -> StepFacts:
         gradients, name = _bytes(trained), run.optimizer
         return StepFacts(
             student=_bytes([*student.parameters(), *student.buffers()]),
-            teacher=sum(_weights_here(teacher, run.teacher_elsewhere) for teacher in teachers),
+            teacher=sum(_weights_here(teacher, run) for teacher in teachers),
             gradients=gradients,
             optimizer=optimizer_bytes(name, sum(parameter.numel() for parameter in trained), gradients),
             update=update_bytes(name, gradients, max(map(_size, trained), default=0), run.device.type),
@@ -197,9 +198,10 @@ def _answers(teachers: Sequence[Any], batch: BatchShape, elsewhere: bool) -> For
     return Forward(peak, kept)
 
 
-def _weights_here(teacher: Any, elsewhere: bool) -> int:
-    """Of a teacher on a device of its own, only a copy of the head is on the student's."""
-    return _bytes([LMHead.from_model(teacher).weight] if elsewhere else [*teacher.parameters(), *teacher.buffers()])
+def _weights_here(teacher: Any, run: RunShape) -> int:
+    """Of a teacher on a device of its own, only a copy of the head is on the student's; of one in pieces, head and piece."""
+    head, whole = _bytes([LMHead.from_model(teacher).weight]), _bytes([*teacher.parameters(), *teacher.buffers()])
+    return head if run.teacher_elsewhere else head + (whole - head) // run.teacher_pieces
 
 
 def _size(tensor: Tensor) -> int:

@@ -147,6 +147,7 @@ def _run_shape(
         distils=distils,
         teacher_elsewhere=_elsewhere(settings),
         more_teachers=tuple(teachers[1:]),
+        teacher_pieces=1 if training.teacher_sharding == "none" else training.world_size,
         base_teaches=training.teacher == "base",
         adapter=adapter,
         evaluation=None if data[1] is None else _batch(settings, data[1], tokenizer, training.per_device_eval_batch_size),

@@ -32,6 +32,7 @@ from speckd.errors import ConfigError
 from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings, student_options
+from speckd.teachers.sharding import size as parameter_size
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log
 from speckd.trl_internals import finish_from_checkpoint
@@ -219,10 +220,12 @@ def _describe(trainer: SpecKDTrainer) -> None:
     several = [(model, f"Teacher {name}") for name, model in trainer.teachers.items()]
     for model, name in ((trainer.model, "Student"), (trainer.teacher, "Teacher"), *several):
         if model is not None:
-            size = sum(p.numel() for p in model.parameters())
+            size = sum(parameter_size(p) for p in model.parameters())
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
             trained = f", {learning:,} of them trained" if 0 < learning < size else ""
             logger.info("%s: %s parameters%s, %s, on %s.", name, f"{size:,}", trained, model.dtype, model.device)
+    for shards in trainer.shards:
+        logger.info("Teacher: %s (%s).", shards, trainer.args.teacher_sharding)
     mixture = trainer.args.teacher_mixture
     if mixture:
         total = sum(mixture.values())

@@ -45,6 +45,7 @@ from speckd.teachers import ScrambledTeacher
 from speckd.teachers.base import BaseSource
 from speckd.teachers.model import ModelSource, on_device
 from speckd.teachers.several import MixedSource, RoutedSource
+from speckd.teachers.sharding import ShardedModel, shard
 from speckd.teachers.shared_prompt import PromptSharing, may_pay, why_not_shared
 from speckd.teachers.source import PendingAnswer, Question, TeacherSource, require_answers
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
@@ -157,6 +158,7 @@ class SpecKDTrainer(SFTTrainer):
         width = self.student.get_output_embeddings().weight.shape[0]
         self.teacher: Any = None  # the model, where it is one in this process
         self.teachers: dict[str, Any] = {}  # where there are several
+        self.shards: list[ShardedModel] = []  # of the teachers, where they are cut over processes
         self._model_sources: list[ModelSource] = []  # of teachers with weights of their own in this process
         self.source = teacher_source or self._source_of(teacher_model, teacher_processing_class, width)
         self.vocabulary = SharedVocabulary(width) if self.source is None else self.source.vocabulary
@@ -201,9 +203,12 @@ class SpecKDTrainer(SFTTrainer):
     def _loaded_teacher(self, teacher: Any) -> Any:
         """By path or hub id, or given; on its device, frozen."""
         model = load_teacher(teacher, self.args, self.student.dtype) if isinstance(teacher, str) else teacher
-        if not getattr(model, "hf_device_map", None):  # unless its layers were placed by hand
+        model.eval().requires_grad_(False)
+        if self.args.teacher_sharding != "none":
+            self.shards.append(shard(model, self.args.teacher_sharding, self.accelerator.device))
+        elif not getattr(model, "hf_device_map", None):  # unless its layers were placed by hand
             model.to(self.args.teacher_device or self.accelerator.device)
-        return model.eval().requires_grad_(False)
+        return model
 
     def _source_of_several(self, width: int) -> TeacherSource:
         axes = common_axis([self._vocabulary_with(model, None, width) for model in self.teachers.values()])
@@ -245,7 +250,8 @@ class SpecKDTrainer(SFTTrainer):
         """How the teacher computes a start that several rows share once; None where that cannot be, said if it was wanted."""
         rows = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
         longest = max(self.longest_row.values(), default=0)
-        if not self.args.share_teacher_prompt or self.padding_free or not may_pay(rows, longest):
+        wanted = self.args.share_teacher_prompt and not self.shards  # processes would ask the pieces unequally often
+        if not wanted or self.padding_free or not may_pay(rows, longest):
             return None
         decoder = source.model.get_decoder()
         reason = why_not_shared(decoder, longest, source.device)

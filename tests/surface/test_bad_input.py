@@ -417,6 +417,26 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
         ],
         ["dev.jsonl: row 2: who is 'None', which is no teacher"],
     ),
+    "unknown sharding": (
+        lambda p: p.flags("--teacher_sharding", "fsdp"),
+        ["teacher_sharding: 'fsdp' is unknown", "Did you mean 'fsdp2'?"],
+    ),
+    "a piece for one process": (
+        lambda p: p.flags("--teacher_sharding", "fsdp2"),
+        ["teacher_sharding: fsdp2 cuts the teacher over processes, and there is one", "torchrun"],
+    ),
+    "pieces on a device": (
+        lambda p: p.flags("--teacher_sharding", "fsdp2", "--teacher_device", "cpu"),
+        ["teacher_sharding and teacher_device", "Remove one"],
+    ),
+    "pieces of routed teachers": (
+        lambda p: [*without_teacher(p), *teachers(a=p.teacher), *routes(p, *"aaaaaa"), "--teacher_sharding", "fsdp2"],
+        ["not every process asks every teacher"],
+    ),
+    "pieces of the base": (
+        lambda p: [*without_teacher(p), "--teacher", "base", "--use_peft", "true", "--teacher_sharding", "fsdp2"],
+        ["teacher_sharding is set, but teacher is 'base'"],
+    ),
     "teacher placed twice": (
         lambda p: p.flags("--teacher_device", "cpu", "--teacher_model_init_kwargs", '{"device_map": "cpu"}'),
         ["teacher_device", "device_map", "Remove one"],
