@@ -18,6 +18,8 @@ from speckd.teachers.sharding import SHARDINGS
 
 #: Where a teacher may live.
 TEACHERS = ("model", "cache", "server", "base")
+#: What in `teacher_model_init_kwargs` quantises the teacher.
+QUANTIZATION = ("quantization_config", "load_in_4bit", "load_in_8bit")
 #: Held-out measures of which less is better; of the others more is.
 LOWER_IS_BETTER = {"loss", "nll", "kl", "kl_at_least"}
 
@@ -175,6 +177,8 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         how = self.teacher_sharding
         if how not in SHARDINGS:
             raise ConfigError(f"teacher_sharding: '{how}' is unknown", nearest(str(how), list(SHARDINGS)))
+        if self.teacher_quantization is not None:
+            raise ConfigError("teacher_sharding: a quantised teacher is not cut over processes", "Remove one of them")
         if self.teacher != "model":
             raise ConfigError(f"teacher_sharding is set, but teacher is '{self.teacher}'", "Remove teacher_sharding")
         if self.teacher_device is not None or "device_map" in (self.teacher_model_init_kwargs or {}):
@@ -234,6 +238,21 @@ class SpecKDConfig(MethodConfig, SFTConfig):
                 f"Give at least {math.ceil(least / 2**20)}MiB, or set loss_chunk_size",
             )
         return default_chunk_size(vocabulary, self.device.type, budget)
+
+    @property
+    def teacher_quantization(self) -> Any:
+        """How the teacher is quantised when it is loaded, None where it is not. The student's is another key."""
+        given: Any = self.teacher_model_init_kwargs or {}
+        shortcuts = {key: True for key in QUANTIZATION[1:] if given.get(key)}
+        whole = given.get("quantization_config")
+        if not shortcuts:
+            return whole
+        if whole is not None:
+            raise ConfigError(
+                f"teacher_model_init_kwargs: {next(iter(shortcuts))} and quantization_config both quantise the teacher",
+                "Write it into quantization_config",
+            )
+        return shortcuts
 
     @property
     def effective_gate_seed(self) -> int:

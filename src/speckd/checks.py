@@ -130,6 +130,13 @@ def _require_packages(settings: Settings) -> None:
     """What some teachers need, and a user installs or not."""
     if settings.training.teacher_sharding == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("teacher_sharding: zero3 needs DeepSpeed, which is not installed", "pip install deepspeed, or fsdp2")
+    quantised = settings.training.teacher_quantization
+    by_bitsandbytes = isinstance(quantised, dict) and (quantised.get("load_in_4bit") or quantised.get("load_in_8bit"))
+    if by_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "teacher_model_init_kwargs: a teacher in 4 or 8 bits needs bitsandbytes, which is not installed",
+            "pip install bitsandbytes, or load the teacher in bfloat16",
+        )
 
 
 def _require_model(key: str, name: str, trust_remote_code: bool) -> None:

@@ -164,6 +164,8 @@ def _model_shape(name: str, options: dict[str, Any]) -> ModelShape:
         raise _NotForeseen(f"{name} is quantised")
     source = {"revision": options.get("revision"), "trust_remote_code": options.get("trust_remote_code", False)}
     config = AutoConfig.from_pretrained(name, **source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise _NotForeseen(f"{name} is quantised")
     dtype = options.get("dtype", "auto")
     if dtype in ("auto", None):
         dtype = config.dtype or torch.float32

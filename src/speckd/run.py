@@ -223,7 +223,8 @@ def _describe(trainer: SpecKDTrainer) -> None:
             size = sum(parameter_size(p) for p in model.parameters())
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
             trained = f", {learning:,} of them trained" if 0 < learning < size else ""
-            logger.info("%s: %s parameters%s, %s, on %s.", name, f"{size:,}", trained, model.dtype, model.device)
+            kind = f"{model.dtype}, quantised" if getattr(model, "is_quantized", False) else model.dtype
+            logger.info("%s: %s parameters%s, %s, on %s.", name, f"{size:,}", trained, kind, model.device)
     for shards in trainer.shards:
         logger.info("Teacher: %s (%s).", shards, trainer.args.teacher_sharding)
     mixture = trainer.args.teacher_mixture

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
 
-from speckd.arguments import SpecKDConfig, require_weights
+from speckd.arguments import QUANTIZATION, SpecKDConfig, require_weights
 from speckd.collation import (
     EXAMPLE,
     SAMPLE,
@@ -64,10 +64,17 @@ def load_teacher(name: str, args: SpecKDConfig, dtype: torch.dtype) -> PreTraine
 
 
 def teacher_options(args: SpecKDConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """For `from_pretrained`: bfloat16 with `bf16`, else `dtype`, unless `teacher_model_init_kwargs` says otherwise."""
-    defaults = {"dtype": torch.bfloat16 if args.bf16 else dtype, "trust_remote_code": args.trust_remote_code}
-    given = args.teacher_model_init_kwargs or {}
-    return {**defaults, "revision": args.teacher_model_revision or "main", **given}  # type: ignore[dict-item]
+    """For `from_pretrained`: bfloat16 with `bf16`, else `dtype`, unless `teacher_model_init_kwargs` says otherwise.
+
+    A teacher that is to be quantised is put on its device at once, for it cannot be moved later.
+    """
+    found: dict[str, Any] = {"dtype": torch.bfloat16 if args.bf16 else dtype, "trust_remote_code": args.trust_remote_code}
+    quantised = args.teacher_quantization
+    if quantised is not None:
+        found |= {"device_map": {"": args.teacher_device or str(args.device)}, "quantization_config": quantised}
+    given: Any = args.teacher_model_init_kwargs or {}
+    given = {key: value for key, value in given.items() if key not in QUANTIZATION}
+    return {**found, "revision": args.teacher_model_revision or "main", **given}
 
 
 def load_teacher_tokenizer(name: str, args: SpecKDConfig) -> Any:
@@ -206,7 +213,7 @@ class SpecKDTrainer(SFTTrainer):
         model.eval().requires_grad_(False)
         if self.args.teacher_sharding != "none":
             self.shards.append(shard(model, self.args.teacher_sharding, self.accelerator.device))
-        elif not getattr(model, "hf_device_map", None):  # unless its layers were placed by hand
+        elif not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):  # those stay in place
             model.to(self.args.teacher_device or self.accelerator.device)
         return model
 
