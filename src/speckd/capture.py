@@ -50,6 +50,8 @@ def capture(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         settings = load_settings(config, recipe, [*flags, "--teacher", "model", "--output_dir", unused])
         say_things_once(settings)
         folder = _folder(settings)
+        if settings.training.teachers:
+            raise ConfigError("teachers: a cache holds the answers of one teacher", "Set teacher_model_name_or_path instead")
         _fill(folder, settings, prepared_trainer(settings, Path(unused)))
     return folder
 

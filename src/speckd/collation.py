@@ -19,6 +19,7 @@ from speckd.types import IGNORED_LABEL
 logger = logging.getLogger(__name__)
 
 SAMPLE = "sample_ids"
+TEACHER = "teacher_numbers"  # where several teachers share the samples: whose each token is
 EXAMPLE = "example_index"  # which of the batch's rows of the data set a token came from
 
 
@@ -38,6 +39,27 @@ def number_rows(dataset: Dataset) -> Dataset:
     if SAMPLE in dataset.column_names:
         dataset = dataset.remove_columns(SAMPLE)
     return dataset.add_column(SAMPLE, list(range(len(dataset))))
+
+
+def number_teachers(dataset: Dataset, column: str, names: Sequence[str], data_name: str) -> Dataset:
+    """Adds each row's teacher by its number among `names`.
+
+    Raises:
+        DataError: there is no such column, or a row names no teacher.
+    """
+    if column not in dataset.column_names:
+        raise DataError(
+            f"{data_name}: there is no column '{column}' (teacher_route_column)", f"There is: {', '.join(dataset.column_names)}"
+        )
+    numbers = {name: number for number, name in enumerate(names)}
+    values = list(map(str, dataset[column]))
+    for row, value in enumerate(values, 1):
+        if value not in numbers:
+            fix = f"Give one of {', '.join(names)}, or add it to teachers"
+            raise DataError(f"{data_name}: row {row}: {column} is '{value[:60]}', which is no teacher", fix)
+    if TEACHER in dataset.column_names:
+        dataset = dataset.remove_columns(TEACHER)
+    return dataset.add_column(TEACHER, [numbers[value] for value in values])
 
 
 def keep_supervised(prepared: Dataset, total: int, name: str, max_length: int | None) -> tuple[Dataset, DroppedRows]:
@@ -75,11 +97,12 @@ def _is_supervised(row: dict[str, Any]) -> bool:
 
 
 def spread_sample_ids(prepared: Dataset, packing: bool, max_length: int | None, strategy: str) -> Dataset:
-    """One sample id a token, so that it is cut and packed like the tokens."""
+    """One sample id (and teacher's number) a token, so that it is cut and packed like the tokens."""
+    of_tokens = [name for name in (SAMPLE, TEACHER) if name in prepared.column_names]
     prepared = prepared.map(
-        lambda row: {SAMPLE: [row[SAMPLE]] * len(row["input_ids"])},
+        lambda row: {name: [row[name]] * len(row["input_ids"]) for name in of_tokens},
         desc="Numbering samples",
-    ).select_columns(["input_ids", "labels", SAMPLE])
+    ).select_columns(["input_ids", "labels", *of_tokens])
     return pack_dataset(prepared, max_length, strategy) if packing else prepared
 
 
@@ -132,13 +155,16 @@ def require_known_tokens(dataset: Dataset, vocabulary: SharedVocabulary, name: s
 
 
 class SampleCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with `sample_ids` and `example_index` ([B, L], −1 in the padding) beside the rest."""
+    """TRL's collator, with `sample_ids`, `example_index` and, where several teachers share the samples, `teacher_numbers`
+    ([B, L], −1 in the padding) beside the rest."""
 
     def torch_call(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(list(examples))
-        samples = [torch.tensor(example[SAMPLE]) for example in examples]
-        numbers = [torch.full_like(sample, i) for i, sample in enumerate(samples)]
-        return {**batch, SAMPLE: self._like(batch["input_ids"], samples), EXAMPLE: self._like(batch["input_ids"], numbers)}
+        of_tokens = {
+            name: [torch.tensor(example[name]) for example in examples] for name in (SAMPLE, TEACHER) if name in examples[0]
+        }
+        of_tokens[EXAMPLE] = [torch.full_like(sample, i) for i, sample in enumerate(of_tokens[SAMPLE])]
+        return {**batch, **{name: self._like(batch["input_ids"], pieces) for name, pieces in of_tokens.items()}}
 
     def _like(self, ids: Tensor, pieces: list[Tensor]) -> Tensor:
         """One piece a row of `ids`, or all in its only row where there is no padding."""
