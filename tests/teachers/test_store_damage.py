@@ -12,7 +12,7 @@ from speckd.teachers.store import Store, StoreWriter
 from tests.teachers.faults import DamagedFiles, refusal
 from tests.teachers.made import FAULTS, PROVENANCE, STRIDE, Entry, contents, entries, keys, same, stored
 
-SHARD, FOOTER = "shard-00000.answers", 144
+SHARD, FOOTER = "shard-00000.answers", 136
 
 
 class Kept:

@@ -1,6 +1,6 @@
 """A file of records that never changes once it has its name. Every byte of it stands under a checksum.
 
-Header (64 bytes, with its own digest), records one after the other, index (key, length and digest of each), footer (128 bytes:
+Header (64 bytes, with its own digest), records one after the other, index (key, length and digest of each), footer (136 bytes:
 totals, the digests of header and index, its own). The footer's digest therefore vouches for the whole file, and is what the
 store's manifest names. Digests are BLAKE2b-128; numbers are little-endian.
 """
