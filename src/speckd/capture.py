@@ -24,13 +24,14 @@ from speckd.run import leave_together, prepared_trainer, say_things_once
 from speckd.settings import Settings, load_settings
 from speckd.teacher_sources import of_run, written
 from speckd.teachers.answers import Answer
+from speckd.teachers.draws import answer_of_draws
 from speckd.teachers.layout import Compression, Kind, Layout
 from speckd.teachers.record import sequence_key
 from speckd.teachers.source import Question
 from speckd.teachers.store import StoreWriter
 from speckd.tokens import supervised_rows, token_batch
 from speckd.trainer import SpecKDTrainer
-from speckd.types import IGNORED_LABEL, DenseSignal, TeacherRows, TopKSignal
+from speckd.types import IGNORED_LABEL, TeacherRows, TopKSignal
 
 logger = logging.getLogger(__name__)
 
@@ -207,14 +208,16 @@ class Answers:
         ]
         sizes = [len(one.positions) for one in asked]
         columns = [torch.cat(column).cpu().split(sizes) for column in zip(*parts, strict=True)]
-        whole, ranked = self.layout.kind is Kind.FULL, self.layout.kind is not Kind.SAMPLED
         for one, ids, log_probs, own in zip(asked, *columns, strict=True):
-            yield Answer(one.positions, None if whole else ids, log_probs, own, ranked)
+            if self.layout.kind is Kind.SAMPLED:
+                yield answer_of_draws(one.positions, ids, own, self.layout)
+            else:
+                yield Answer(one.positions, None if self.layout.kind is Kind.FULL else ids, log_probs, own)
 
     def _kept(
         self, answers: TeacherRows, index: Tensor, labels: Tensor, samples: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of some rows: token ids (of the whole vocabulary, none), log-probabilities, those of the labels."""
+        """Of some rows: token ids (none of the whole vocabulary), log-probabilities (none of drawn tokens), those of labels."""
         signal, width = answers.signal(index), self.layout.width
         own = signal.label_log_prob(labels)
         if isinstance(signal, TopKSignal):
@@ -224,16 +227,6 @@ class Answers:
         if self.layout.kind is Kind.TOP_K:
             ids = signal.logits.topk(width).indices
             return ids, signal.log_prob(ids), own
-        return *self._drawn(signal, samples, positions), own
-
-    def _drawn(self, signal: DenseSignal, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens drawn from the teacher and the logarithms of how often, most often first; others, never drawn, at −inf.
-
-        Sparse Logit Sampling (Anshumann et al. 2025), at temperature 1: without bias for any divergence linear in p.
-        """
+        # Sparse Logit Sampling (Anshumann et al. 2025) at temperature 1: without bias for what is linear in p.
         draws = uniforms(self.seed, 0, samples, positions, self.layout.draws, stream=_STREAM)[..., 0]
-        drawn = signal.sample(draws.to(signal.logits.device))
-        counts = torch.zeros_like(signal.logits)
-        counts.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
-        most = counts.topk(self.layout.width)
-        return most.indices, (most.values / self.layout.draws).log()
+        return signal.sample(draws.to(signal.logits.device)), signal.logits[:, :0], own

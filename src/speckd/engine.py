@@ -291,7 +291,7 @@ class _Batch:
             possible |= _diagnosed(keys)
             count = int(possible.sum())
             holes, movers = (~possible[:count]).nonzero()[:, 0], possible[count:].nonzero()[:, 0] + count
-            kernels.swap_rows(student.logits, holes, movers)
+            kernels.swap_rows(student.logits, holes, movers, needed=self._teaches_rejected)
             everything[holes], everything[movers] = movers, holes
         return everything, count
 
@@ -300,6 +300,11 @@ class _Batch:
         """Has a rejected row no use for the teacher?"""
         on, fallen = self.objective.rejected.weights(torch.zeros(1))
         return float(on) == 0 and not (self.row_pass.by_definition and float(fallen) != 0)
+
+    @cached_property
+    def _teaches_rejected(self) -> bool:
+        """Does a rejected row learn from its label?"""
+        return self.objective.label_loss_weight > 0 or float(self.objective.rejected.weights(torch.zeros(1))[1]) != 0
 
     def _diagnose(self, teacher: TeacherSignal, index: Tensor) -> None:
         places = _diagnosed(self.rows.keys.rows(index)).nonzero()[:, 0]
