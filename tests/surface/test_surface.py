@@ -31,6 +31,7 @@ def test_names_are_frozen() -> None:
     assert own == set(
         "gate gate_options rejected rejected_options divergence divergence_options divergence_temperature normalizer "
         "label_loss_weight teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs "
+        "teacher teachers teacher_route_column teacher_mixture teacher_sharding "
         "teacher_device share_teacher_prompt early_rejection loss_memory_budget "
         "scrambled_teacher_fraction max_dropped_mass loss_chunk_size gate_seed starvation_threshold starvation_patience".split()
     )
