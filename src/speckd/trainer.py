@@ -411,18 +411,17 @@ class SpecKDTrainer(SFTTrainer):
         with span(DATA):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._mask_repeated_rows(batches)
-            lost = self._settle(batches)
+            lost = self._settle([self._question(b, self._rows(b)) for b in batches] if self.objective.needs_teacher else [])
             count = torch.tensor([sum(len(self._rows(batch)) for batch in batches), lost is not None], device=device)
             count, losers = self.accelerator.reduce(count, "sum").unbind()
             self._stop_where_lost(lost, int(losers))
             return batches, count
 
-    def _settle(self, batches: list[dict[str, Any]]) -> SpeckdError | None:
-        """Waits for the teacher before the step; what it raised, for all processes must hear of it."""
-        if self.source is None or not self.objective.needs_teacher:
-            return None
+    def _settle(self, questions: list[Question]) -> SpeckdError | None:
+        """Waits for the teacher before a step; what it raised, for all processes must hear of it."""
         try:
-            self.source.settle([self._question(batch, self._rows(batch)) for batch in batches])
+            if self.source is not None:
+                self.source.settle(questions)
         except SpeckdError as error:
             return error
         return None
@@ -620,15 +619,10 @@ class SpecKDTrainer(SFTTrainer):
         return HeldOutSums.of(gathered[:-2]), gathered[-2:]
 
     def _settle_held_out(self, inputs: dict[str, Any]) -> None:
-        if not isinstance(self.source, ServedSource):
-            return
-        lost = None
-        try:
-            self.source.settle([self._question(inputs, self._rows(inputs, self.vocabulary))])
-        except SpeckdError as error:
-            lost = error
-        losers = self.accelerator.reduce(torch.tensor(int(lost is not None), device=self.accelerator.device), "sum")
-        self._stop_where_lost(lost, int(losers))
+        if isinstance(self.source, ServedSource):  # no other can be lost
+            lost = self._settle([self._question(inputs, self._rows(inputs, self.vocabulary))])
+            losers = self.accelerator.reduce(torch.tensor(int(lost is not None), device=self.accelerator.device), "sum")
+            self._stop_where_lost(lost, int(losers))
 
     def _measure_batch(self, sums: HeldOutSums, inputs: dict[str, Any]) -> Tensor:
         held_out = self._rows(inputs, self.vocabulary)
