@@ -1,6 +1,7 @@
 """Against a real vLLM: the teacher served is the teacher in this process. See `vllm_cpu.py` for how to have one.
 
-Starting a server takes one to two minutes, and there are four starts.
+Starting a server takes one to two minutes, and there are four starts. Served are copies of the models with wider heads
+(`widened.py`); the oracle is the model itself.
 """
 
 import os
@@ -23,6 +24,7 @@ from speckd.teachers.exchange import Timeouts
 from speckd.teachers.vllm import VLLM
 from tests.repository.files import PACKAGE, ROOT
 from tests.served.vllm_cpu import RealServer
+from tests.served.widened import widen
 
 PYTHON = os.environ.get("SPECKD_VLLM", "")
 SHARED = Path(os.environ.get("SPECKD_SHARED", ROOT.parent / "shared"))
@@ -88,8 +90,9 @@ def local(request) -> Local:
 
 @pytest.fixture(scope="module")
 def server(local: Local, tmp_path_factory) -> Iterator[RealServer]:
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with RealServer(PYTHON, Path(local.model.name_or_path), free_port(), log, "--max-logprobs", "-1") as started:
+    folder = tmp_path_factory.mktemp("vllm")
+    model = widen(Path(local.model.name_or_path), folder / "teacher")
+    with RealServer(PYTHON, model, free_port(), folder / "log", "--max-logprobs", "-1") as started:
         yield started
 
 
@@ -99,6 +102,11 @@ def pool_of(server: RealServer, local: Local, top_k: int | None, load: Load | No
 
 def positions_of(ids: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(ids) // 3, len(ids) - 1)
+
+
+def test_what_is_served_is_the_same_function(tmp_path: Path, local: Local) -> None:
+    wide = Local(widen(Path(local.model.name_or_path), tmp_path / "wide"))
+    assert all(torch.allclose(wide.log_probs(ids), local.log_probs(ids), rtol=0, atol=5e-5) for ids in local.sequences(6, 60))
 
 
 def ask_all(pool: ServerPool, sequences: list[torch.Tensor]) -> list[Answer]:
@@ -141,7 +149,8 @@ def test_a_sequence_too_long_is_refused_with_the_flag(server: RealServer, local:
         pool.probe(longest=local.longest + 1, texts=local.texts())
 
 
-def test_a_load_of_many_clients(server: RealServer, local: Local) -> None:
+@pytest.mark.parametrize("load", [Load(8, 2048), Load(CLIENTS, 1)], ids=["batched", "one a request"])
+def test_a_load_of_many_clients(server: RealServer, local: Local, load: Load) -> None:
     """64 × 50 requests at once: each answer is its solo answer, none is lost."""
     if local.vocabulary != 512:
         pytest.skip("one model is enough for the load")
@@ -150,7 +159,7 @@ def test_a_load_of_many_clients(server: RealServer, local: Local) -> None:
     with pool_of(server, local, 8, Load(concurrency=1, tokens=1)) as alone:
         alone.probe(longest=local.longest, texts=local.texts())
         solo = [alone.gather([alone.ask(ids, positions_of(ids))])[0] for ids in sequences]
-    with pool_of(server, local, 8, Load(concurrency=8, tokens=2048)) as pool:
+    with pool_of(server, local, 8, load) as pool:
         pool.probe(longest=local.longest, texts=local.texts())
 
         def client(number: int) -> None:
@@ -203,7 +212,8 @@ def test_killed_and_started_again(server: RealServer, local: Local) -> None:
 
 def test_a_cap_too_low_is_refused_with_the_flag(tmp_path: Path) -> None:
     local = Local(QUICKSTART)
-    with RealServer(PYTHON, QUICKSTART, free_port(), tmp_path / "log", "--max-logprobs", "20") as server:
+    model = widen(QUICKSTART, tmp_path / "teacher")
+    with RealServer(PYTHON, model, free_port(), tmp_path / "log", "--max-logprobs", "20") as server:
         with pool_of(server, local, 32) as pool, pytest.raises(CapabilityError) as error:
             pool.probe(longest=64, texts=local.texts())
         with pool_of(server, local, None) as pool, pytest.raises(CapabilityError, match="--max-logprobs -1"):

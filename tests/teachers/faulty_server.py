@@ -257,6 +257,12 @@ async def die_for_good(call: Call) -> None:
     await call.server.die()
 
 
+async def fail_and_die(call: Call) -> None:
+    """An engine that crashes at a question: its front end says so, and ends."""
+    await call.send_json({"error": {"message": "EngineCore encountered an issue"}}, 500)
+    await call.server.die()
+
+
 async def die_and_return(call: Call) -> None:
     await call.server.die(back_after_s=0.1 + 0.2 * call.draws.random())
 

@@ -116,6 +116,7 @@ def test_readiness_is_awaited(enter) -> None:
 
 REFUSALS = {
     "not there": ({}, {}, TeacherLostError, "not ready after 0.5 s", "Start it"),
+    "crashes": ({"fault": f.fail_and_die, "share": 1}, {}, TeacherLostError, "before that: HTTP 500: EngineCore", "Start it"),
     "the server's cap": ({"cap": 3}, {}, CapabilityError, "fewer than 4 log-probabilities", "--max-logprobs 4,"),
     "too short": ({"longest": 24}, {}, CapabilityError, "takes 23 tokens, and the longest", "--max-model-len 25,"),
     "another model": ({}, {"model": "other"}, ConfigError, "offers toy; wanted: other", "Name one of these"),

@@ -175,6 +175,7 @@ class Conversation:
     ) -> ServerFacts:
         """What `ServerPool.probe` says, for one server; `deadline`: of the monotonic clock."""
         server, pause_s = f"teacher server {connections.url}", connections.timeouts.backoff_s
+        broken = ""
         while True:
             try:
                 return await self._examined(connections, longest, texts)
@@ -184,8 +185,10 @@ class Conversation:
                 what = f"{server} does not answer as a teacher must: {error}"
                 raise CapabilityError(what, "Check the address and the dialect, or use a newer version of the server") from None
             except (Unreachable, Broken) as error:
+                if isinstance(error, Broken) and not broken:
+                    broken = f", and before that: {error}"  # why it may be down now
                 if time.monotonic() + pause_s > deadline:
-                    what = f"{server} is not ready after {connections.timeouts.ready_s:g} s: {error}"
+                    what = f"{server} is not ready after {connections.timeouts.ready_s:g} s: {error}{broken}"
                     raise TeacherLostError(what, "Start it, or take it out of the list") from None
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
