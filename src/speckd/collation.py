@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from trl import pack_dataset
 
 from speckd.compatibility import SharedVocabulary
 from speckd.errors import CapabilityError, DataError, VocabularyError
-from speckd.tokens import TokenBatch
+from speckd.teachers.source import Question
+from speckd.tokens import TokenBatch, supervised_rows, token_batch
 from speckd.trl_internals import DataCollatorForLanguageModeling
 from speckd.types import IGNORED_LABEL
 
@@ -113,6 +115,18 @@ def distinct(wanted: Iterable[Wanted]) -> list[Wanted]:
         known = found.get(key)
         found[key] = one if known is None else replace(known, positions=torch.cat([known.positions, one.positions]).unique())
     return list(found.values())
+
+
+def question_about(asked: Sequence[Wanted], vocabulary: SharedVocabulary, device: torch.device) -> Question:
+    """Some sequences as one batch, padded on the right, on a device; its samples are numbered from 0."""
+    labels = [torch.full_like(one.token_ids, IGNORED_LABEL) for one in asked]
+    for target, one in zip(labels, asked, strict=True):
+        target[one.positions + 1] = one.token_ids[one.positions + 1]
+    tokens = pad_sequence([one.token_ids for one in asked], batch_first=True).to(device)
+    mask = pad_sequence([torch.ones_like(one.token_ids) for one in asked], batch_first=True).to(device)
+    targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL).to(device)
+    batch = token_batch(tokens, vocabulary.labels(targets), mask)
+    return Question({"input_ids": tokens, "attention_mask": mask}, batch, supervised_rows(batch))
 
 
 def require_known_tokens(dataset: Dataset, vocabulary: SharedVocabulary, name: str) -> None:

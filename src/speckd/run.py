@@ -98,9 +98,9 @@ def prepared_trainer(settings: Settings, output: Path) -> SpecKDTrainer:
     check_shapes(settings, train_data, held_out)
     tokenizers = load_tokenizers(settings, is_conversational(train_data))
     _announce(settings, len(train_data), 0 if held_out is None else len(held_out))
-    adapter = _adapter(settings.model)
+    adapter = adapter_of(settings.model)
     foresee_memory(settings, adapter, (train_data, held_out), tokenizers)
-    trainer = _trainer(settings, output, train_data, held_out, tokenizers, adapter)
+    trainer = new_trainer(settings, output, train_data, held_out, tokenizers, adapter)
     _describe(trainer)
     return trainer
 
@@ -121,7 +121,18 @@ def say_things_once(settings: Settings) -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _trainer(
+def nothing_kept(folder: str) -> list[str]:
+    """Flags for a trainer that is to leave nothing behind; they come last and so count: no checkpoint, evaluation, report."""
+    values = {
+        "output_dir": folder,
+        "report_to": "none",
+        **dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "no"),
+        **dict.fromkeys(("eval_on_start", "load_best_model_at_end", "push_to_hub"), "false"),
+    }
+    return [word for key, value in values.items() for word in (f"--{key}", value)]
+
+
+def new_trainer(
     settings: Settings,
     output: Path,
     train_data: Dataset,
@@ -160,7 +171,7 @@ def _trainer(
             raise ConfigError(reason_of(error), "Correct the setting named there") from error
 
 
-def _adapter(model: ModelConfig) -> Any:
+def adapter_of(model: ModelConfig) -> Any:
     """PEFT's settings, or None."""
     config = get_peft_config(model)
     if config is None:

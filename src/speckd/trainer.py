@@ -499,13 +499,13 @@ class SpecKDTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._window_metrics()
+            logs |= self.window_metrics()
         if "train_loss" in logs and self._run_loss[1]:
             logs["train_loss"] = self._run_loss[0] / self._run_loss[1]
-            self._window_metrics()  # the steps since the last log may have starved, too
+            self.window_metrics()  # the steps since the last log may have starved, too
         super().log(logs, start_time)
 
-    def _window_metrics(self) -> dict[str, float]:
+    def window_metrics(self) -> dict[str, float]:
         """Means over the steps since the last log, on all processes."""
         losses, self._step_losses = self._step_losses, []
         tally, self._tally = self._tally, AcceptanceTally()
