@@ -183,8 +183,10 @@ def load_tokenizers(settings: Settings, conversational: bool) -> tuple[PreTraine
 
 
 def student_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
-    """As it was saved; where it has no padding token, the end token pads."""
+    """With the end token that the settings name; where it has no padding token, the end token pads."""
     own = _tokenizer("model_name_or_path", str(settings.model.model_name_or_path), settings.model.model_revision, settings)
+    if settings.training.eos_token in own.get_vocab():  # what is in no vocabulary TRL refuses
+        own.eos_token = settings.training.eos_token
     if own.pad_token is None:
         own.pad_token = own.eos_token
     return own
@@ -197,7 +199,7 @@ def teacher_tokenizer(settings: Settings, name: str) -> PreTrainedTokenizerBase:
 
 def require_end_token(own: PreTrainedTokenizerBase) -> None:
     if own.eos_token is None:
-        raise DataError("the student's tokenizer has no end token: a student could not learn to stop", "Set its eos_token")
+        raise DataError("the student's tokenizer has no end token: a student could not learn to stop", "Set eos_token")
 
 
 def require_template(settings: Settings, own: PreTrainedTokenizerBase, conversational: bool) -> None:

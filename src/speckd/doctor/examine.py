@@ -1,0 +1,161 @@
+"""All examinations, in their order: what needs something that failed is left out, and nothing else."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import disable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+from speckd.doctor import after, before
+from speckd.doctor.findings import About, Attempts, Examination, Found, note
+from speckd.memory_report import Foreseen
+from speckd.run import adapter_of, leave_together, new_trainer, nothing_kept, say_things_once
+from speckd.settings import Settings, load_settings
+from speckd.trainer import SpecKDTrainer
+
+#: The same run as plain fine-tuning: the data can be looked at where the teacher is what fails.
+_WITHOUT_TEACHER = ("teacher", "model"), ("teacher_model_name_or_path", "null"), ("label_loss_weight", "1")
+_WITHOUT_MASK = (("assistant_only_loss", "false"),)
+
+
+def examined(config: Path | None, recipe: str | None, flags: list[str], thorough: bool) -> Iterator[Found]:
+    """What is found in a run's configuration, as it is found.
+
+    Args:
+        config, recipe, flags: as for `speckd train`.
+        thorough: read every byte of a cache, however large.
+    """
+    attempts = Attempts()
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with TemporaryDirectory(prefix="speckd-doctor-") as folder:  # a Trainer makes its output folder
+            yield from _examined(attempts, config, recipe, flags, thorough, folder)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was found before a model was loaded. `own`: the student's tokenizer, with an end token; `whole`: could the run's own
+    trainer be made; `masked`: does the data say what is supervised; None: it could not be had."""
+
+    settings: Settings
+    own: Any
+    given: before.Data | None
+    foreseen: Foreseen | None
+    whole: bool
+    masked: bool
+
+
+def _before(
+    attempts: Attempts, config: Path | None, recipe: str | None, flags: list[str], thorough: bool
+) -> Examination[_Seen | None]:
+    settings = yield from attempts.of(About.SETTINGS, before.settings_of(config, recipe, flags))
+    if settings is None:
+        return None
+    yield from attempts.of(About.SETTINGS, before.output(settings))
+    own = yield from attempts.of(About.MODELS, before.student(settings))
+    sound = [(yield from attempts.of(About.MODELS, before.teacher(settings)))]
+    theirs = yield from attempts.of(About.MODELS, before.tokenizer_of_teacher(settings))
+    if own is not None and theirs is not None:
+        sound.append((yield from attempts.of(About.MODELS, before.vocabulary(settings, own, theirs))))
+    given = yield from attempts.of(About.DATA, before.data(settings))
+    if own is None:
+        return _Seen(settings, None, given, None, whole=False, masked=False)
+    ends = yield from attempts.of(About.ENDS, before.end_tokens(settings, own, theirs))
+    masked = None
+    if given is not None:
+        masked = yield from attempts.of(About.ENDS, before.template(settings, own, theirs, given[0]))
+    if settings.teacher_elsewhere:
+        sound.append((yield from attempts.of(About.ELSEWHERE, before.elsewhere(settings, own, thorough))))
+    foreseen = yield from attempts.of(About.MEMORY, before.memory(settings, given, own)) if given is not None else _nothing()
+    return _Seen(settings, own if ends else None, given, foreseen, all(sound) and bool(masked), bool(masked))
+
+
+def _nothing() -> Examination[None]:
+    yield from ()
+
+
+def _why_not_loaded(seen: _Seen) -> str | None:
+    if seen.own is None:
+        return "the student's tokenizer comes first"
+    if seen.foreseen is not None and not before.can_be_loaded(seen.foreseen):
+        return "there is no room for the models"
+    return None
+
+
+def _examined(
+    attempts: Attempts, config: Path | None, recipe: str | None, flags: list[str], thorough: bool, folder: str
+) -> Iterator[Found]:
+    seen = yield from _before(attempts, config, recipe, flags, thorough)
+    if seen is None or seen.given is None:
+        return
+    if seen.foreseen is not None:
+        yield from attempts.of(About.DISK, before.disk(seen.settings, seen.foreseen, len(seen.given[0])))
+    fits, reason = (yield from attempts.of(About.DATA, before.shapes(seen.settings, seen.given))), _why_not_loaded(seen)
+    if reason is not None or not fits:
+        yield from attempts.of(About.DATA, before.rows(seen.given))
+        yield note(About.DATA, f"its tokens, a sample and the start are not examined: {reason or 'see what failed above'}")
+        return
+    trainer = None
+    if seen.whole:
+        trainer = yield from attempts.of(About.LOADED, _built(config, recipe, flags, folder, seen.given))
+    teaches = trainer is not None
+    if trainer is None:
+        changes = _WITHOUT_TEACHER if seen.masked else (*_WITHOUT_TEACHER, *_WITHOUT_MASK)
+        trainer = yield from attempts.of(About.LOADED, _built(config, recipe, flags, folder, seen.given, changes))
+    if trainer is None:
+        yield from attempts.of(About.DATA, before.rows(seen.given))
+    else:
+        yield from _with_models(attempts, seen, seen.given, trainer, teaches)
+
+
+def _built(
+    config: Path | None,
+    recipe: str | None,
+    flags: list[str],
+    folder: str,
+    given: before.Data,
+    changes: tuple[tuple[str, str], ...] = (),
+) -> Examination[SpecKDTrainer]:
+    """The run's trainer, but for what it would keep and ask ahead."""
+    quiet = [*nothing_kept(folder), "--teacher_prefetch", "0", "--disable_tqdm", "true"]
+    changed = [word for key, value in changes for word in (f"--{key}", value)]
+    settings = load_settings(config, recipe, [*flags, *quiet, *changed])
+    say_things_once(settings)
+    trainer = new_trainer(settings, Path(folder), *given, _tokenizers(settings), adapter_of(settings.model))
+    yield from ()
+    return trainer
+
+
+def _tokenizers(settings: Settings) -> tuple[Any, Any]:
+    name = settings.teacher_model
+    return before.student_tokenizer(settings), None if name is None else before.teacher_tokenizer(settings, name)
+
+
+def _with_models(attempts: Attempts, seen: _Seen, given: before.Data, trainer: SpecKDTrainer, teaches: bool) -> Iterator[Found]:
+    settings = seen.settings
+    try:
+        yield from attempts.of(About.LOADED, after.models(trainer))
+        yield from attempts.of(About.DATA, before.rows(given))
+        if seen.masked:
+            yield from attempts.of(About.DATA, after.tokens(trainer, settings))
+            yield from attempts.of(About.SAMPLE, after.first_sample(trainer))
+        yield from attempts.of(About.START, after.likelihood(trainer))
+        seconds = yield from attempts.of(About.START, after.first_step(trainer))
+        if not teaches:
+            yield note(About.START, "what gate and teacher do was not examined: see what failed above")
+        elif seconds is not None:
+            yield from attempts.of(About.PARITY, after.parity(trainer, settings))
+            yield from attempts.of(About.TIME, after.duration(trainer, seconds))
+        yield from attempts.of(About.DISK, after.room_for_cache(trainer, settings))
+    finally:
+        if trainer.source is not None:
+            trainer.source.close()
+        leave_together(trainer)
