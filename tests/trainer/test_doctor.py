@@ -14,8 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from speckd.cli import main
+from speckd.collation import Wanted
+from speckd.doctor.after import TokenFacts, token_facts
+from speckd.doctor.before import checkpoints
 from speckd.doctor.findings import About, Attempts, Level, ok
 from speckd.quickstart.models import TEACHER
+from speckd.settings import load_settings
 from speckd.tasks import build_tokenizer, stream
 from tests.tiny import log_of, run_cli, task_rows, write_model, write_rows
 from tests.trainer.served_model import served
@@ -146,11 +150,15 @@ def test_what_is_said_of_the_start_is_what_the_run_logs(how: list[str], sound: S
 
 def test_nothing_is_written_and_the_output_folder_is_not_touched(sound: Sound, place: Path, capsys) -> None:
     (place / "out" / "runs").mkdir(parents=True)
-    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    before = state(place)
     keeping = "--save_strategy steps --save_steps 1 --eval_strategy steps --eval_steps 1 --load_best_model_at_end true"
     found = told(capsys, sound.flags(place / "out", *keeping.split(), "--report_to", "tensorboard"))
     assert found.code == 0 and found.lines[-1]["summary"]["warning"] == 0
-    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    assert state(place) == before
+
+
+def state(folder: Path) -> dict[Path, int]:
+    return {path: 0 if path.name == "temporary" else path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_the_page_can_be_read_without_colour(sound: Sound, place: Path, capsys) -> None:
@@ -369,11 +377,21 @@ def test_8_disk_too_small(sound: Sound, place: Path, capsys, monkeypatch: pytest
     assert "Lower teacher_top_k" in found.failures[1]["fix"] and "'speckd cache' will write about" in found.failures[1]["what"]
 
 
-def test_8_the_room_is_that_of_all_checkpoints_that_are_kept(sound: Sound, place: Path, capsys) -> None:
-    saving = ["--save_steps", "1", "--max_steps", "7"]
-    for more, kept in (([], 7), (["--save_total_limit", "2"], 3), (["--save_strategy", "no"], 0)):
-        what = told(capsys, sound.flags(place / "out", *saving, *more)).of(Level.OK, About.DISK)[0]["what"]
-        assert (f"{kept} × a checkpoint" in what) == (kept > 0)
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ("--save_steps 1 --max_steps 7", 7),
+        ("--save_steps 3 --max_steps 7", 3),
+        ("--save_steps 0.25 --max_steps 8", 4),
+        ("--save_strategy epoch --num_train_epochs 5", 5),
+        ("--save_steps 1 --max_steps 7 --save_total_limit 2", 3),  # the oldest goes when the next is there
+        ("--save_strategy no", 0),
+        ("--save_steps 10 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_train_epochs 2", 3),
+    ],
+)
+def test_8_the_room_is_that_of_all_checkpoints_that_are_kept(how: str, kept: int, sound: Sound, place: Path) -> None:
+    settings = load_settings(None, None, sound.flags(place / "out", *how.split()))
+    assert checkpoints(settings, train_rows=100) == kept
 
 
 def test_9_base_student_with_instruct_teacher(sound: Sound, place: Path, capsys) -> None:
@@ -447,6 +465,58 @@ def test_what_a_run_refuses_is_a_failure_with_the_same_words(
     before = set(place.rglob("*"))
     told(capsys, sound.flags(place / "out", *more)).only_failure(said, fix)
     assert set(place.rglob("*")) == before
+
+
+def test_rows_without_their_end(sound: Sound, place: Path, capsys) -> None:
+    ids = [build_tokenizer().encode(row["prompt"] + row["completion"]) for row in task_rows(12)]
+    data = write_rows(place / "ids.jsonl", [{"input_ids": one, "labels": one} for one in ids])
+    found = told(capsys, sound.flags(place / "out", dataset_name=data, eval_dataset=None))
+    assert found.code == 0
+    assert "0 of 12 rows end with a supervised '<eos>': the student will not learn" in str(found.of(Level.WARNING, About.DATA))
+
+
+def test_a_teacher_that_does_not_expect_the_end(sound: Sound, place: Path, capsys) -> None:
+    """One vocabulary and one end token, but weights that were never taught to end there."""
+    model = AutoModelForCausalLM.from_pretrained(sound.teacher)
+    weight = model.lm_head.weight.detach().clone()
+    weight[1] = weight[0]  # <eos> as if it were <pad>
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(weight)
+    model.save_pretrained(place / "endless")
+    build_tokenizer().save_pretrained(place / "endless")
+    for teacher, level in ((sound.teacher, Level.OK), (place / "endless", Level.WARNING)):
+        found = told(capsys, sound.flags(place / "out", teacher_model_name_or_path=teacher))
+        assert "where rows end the teacher gives the end a probability of" in str(found.of(level, About.START))
+
+
+def test_what_is_counted_of_tokens() -> None:
+    def wanted(ids: list[int], learnt: list[int]) -> Wanted:
+        return Wanted(torch.tensor(ids), torch.tensor(learnt) - 1, 1)
+
+    looked_at = [
+        wanted([7, 4, 5, 2], [1, 2, 3]),  # begins, whole, ends
+        wanted([7, 7, 5, 6, 2, 9], [3, 4, 5]),  # begins twice, ends but for a line break
+        wanted([4, 2, 5, 6, 8, 8], [3, 4, 5]),  # an end that is not supervised is none
+    ]
+    assert token_facts(looked_at, stops={2}, begin=7, limit=6) == TokenFacts(
+        sequences=3, tokens=16, supervised=9, whole=1, at_limit=2, ended=2, begun=2, begun_twice=1, shortest=4
+    )
+
+
+def test_too_little_memory(sound: Sound, place: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, loads in ((2**20, False), (50 * 2**20, True)):
+        monkeypatch.setattr("speckd.memory_report.free_bytes", lambda _, free=free: free)
+        found = told(capsys, sound.flags(place / "out"))
+        found.only_failure("more is needed than is free: about", "use_peft: true")
+        assert found.abouts == (EVERY_GROUP if loads else EVERY_GROUP - {About.LOADED, About.SAMPLE, About.START, About.TIME})
+
+
+@pytest.mark.parametrize(
+    "how", ["--packing true", "--use_peft true --lora_target_modules q_proj --gradient_checkpointing true"]
+)
+def test_packing_and_an_adapter(how: str, sound: Sound, place: Path, capsys) -> None:
+    found = told(capsys, sound.flags(place / "out", *how.split(), eval_dataset=None))
+    assert found.code == 0 and found.abouts == EVERY_GROUP and not found.of(Level.WARNING)
 
 
 def test_sft_and_a_student_that_is_its_own_teacher(sound: Sound, place: Path, capsys) -> None:

@@ -16,10 +16,11 @@ from transformers import PrinterCallback, ProgressCallback
 from speckd.capture import free_beside, layout_of, size_of
 from speckd.checks import loaded
 from speckd.collation import Wanted, sequences_in
-from speckd.doctor.before import is_here, stop_ids
+from speckd.doctor.before import SavedBytes, is_here, stop_ids
 from speckd.doctor.findings import About, Examination, Finding, failure, note, ok, warning
 from speckd.doctor.verdicts import Verdicts, sample, verdicts
 from speckd.gates import ExpectedSpec, LabelRatio, NoGate
+from speckd.memory_plan import optimizer_bytes
 from speckd.settings import Settings
 from speckd.teachers.manifest import MANIFEST
 from speckd.teachers.model import ModelSource
@@ -35,6 +36,8 @@ _SECONDS = 20.0
 #: Sequences that are asked of both teachers, and by how much they may differ: nats of the data's token in the mean, and the
 #: share of acceptance. Rounding to 16 bits and batches computed otherwise stay below a tenth of it.
 _COMPARED, PARITY_NATS, PARITY_VERDICTS = 16, 0.05, 0.02
+#: A teacher that gives the end of a row less than this was taught to end otherwise.
+_END_EXPECTED = 1e-3
 #: Nats by which a likelihood is clearly worse than a blind guess.
 _CLEARLY = 0.1
 #: A share that is cut from which on it is worth a warning.
@@ -262,6 +265,26 @@ def likelihood(trainer: SpecKDTrainer) -> Examination[None]:
         yield warning(About.START, "the teacher expects the data less than the student does", fix)
 
 
+def ends_expected(trainer: SpecKDTrainer, settings: Settings) -> Examination[None]:
+    """Does the teacher give the end a chance where rows end?"""
+    if trainer.source is None:
+        return
+    stops = stop_ids(trainer.processing_class, str(settings.model.model_name_or_path), settings.model.model_revision)
+    asked = [
+        one for one in some_sequences(trainer.train_dataset, _COMPARED) if int(one.token_ids[one.positions[-1] + 1]) in stops
+    ]
+    if not asked:
+        return
+    last = torch.tensor([len(one.positions) for one in asked]).cumsum(0) - 1
+    chance = float(verdicts(trainer, asked, trainer.source).teacher[last].median().exp())
+    said = f"where rows end the teacher gives the end a probability of {chance:.2g} (median of {len(asked)} rows)"
+    if chance >= _END_EXPECTED:
+        yield ok(About.START, said)
+    else:
+        fix = "Let rows end as the teacher ends (eos_token, chat_template_path), or the student will not learn to stop"
+        yield warning(About.START, said, fix)
+
+
 def _beginning(dataset: Dataset) -> Dataset:
     """The first rows, as many as are measured in seconds."""
     taken, held = 0, 0
@@ -277,8 +300,12 @@ def _beginning(dataset: Dataset) -> Dataset:
 
 def parity(trainer: SpecKDTrainer, settings: Settings) -> Examination[None]:
     """Asks both about the same sequences."""
-    name = settings.training.teacher_model_name_or_path
-    if trainer.source is None or not settings.teacher_elsewhere or not is_here(name):
+    name, elsewhere = settings.training.teacher_model_name_or_path, settings.training.teacher
+    if trainer.source is None or not settings.teacher_elsewhere:
+        return
+    if not is_here(name):
+        fix = "Name its folder (teacher_model_name_or_path), and what both say is compared"
+        yield note(About.PARITY, f"the {elsewhere} was not compared with the teacher itself, which is not here", fix)
         return
     model = loaded(
         "teacher_model_name_or_path", str(name), lambda: load_teacher(str(name), trainer.args, trainer.student.dtype)
@@ -286,7 +313,7 @@ def parity(trainer: SpecKDTrainer, settings: Settings) -> Examination[None]:
     model.to(trainer.args.teacher_device or trainer.accelerator.device).eval().requires_grad_(False)
     here = ModelSource(model, trainer.source.vocabulary, trainer.accelerator.device)
     asked = some_sequences(trainer.train_dataset, _COMPARED)
-    yield compared(verdicts(trainer, asked, trainer.source), verdicts(trainer, asked, here), settings.training.teacher)
+    yield compared(verdicts(trainer, asked, trainer.source), verdicts(trainer, asked, here), elsewhere)
 
 
 def compared(elsewhere: Verdicts, here: Verdicts, name: str) -> Finding:
@@ -323,6 +350,14 @@ def _span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def saved_bytes(trainer: SpecKDTrainer) -> SavedBytes:
+    """As `before.saved_bytes`, of what is loaded."""
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    own = trained if trainer.model is not trainer.student else trainer.model.parameters()
+    size, count = sum(p.nbytes for p in trained), sum(p.numel() for p in trained)
+    return SavedBytes(sum(p.nbytes for p in own), optimizer_bytes(trainer.args.optim.value, count, size))
 
 
 def room_for_cache(trainer: SpecKDTrainer, settings: Settings) -> Examination[None]:

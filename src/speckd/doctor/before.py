@@ -4,8 +4,8 @@ import copy
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from speckd.checks import (
 from speckd.compatibility import shared_vocabulary
 from speckd.data import is_conversational, load_data
 from speckd.doctor.findings import About, Examination, Finding, failure, note, ok, warning
-from speckd.errors import SpeckdError
+from speckd.errors import DataError, SpeckdError
 from speckd.memory_report import Foreseen, foresee
 from speckd.run import adapter_of, describe_method
 from speckd.settings import Settings, load_settings
@@ -43,8 +43,8 @@ Data = tuple[Dataset, Dataset | None]
 READY_S = 5.0
 #: A cache up to this size is read through.
 SMALL_CACHE = 256 * 2**20
-#: Rows that are compared with each other.
-_COMPARED = 100_000
+#: Rows that are looked at one by one.
+_ROWS = 100_000
 
 
 def settings_of(config: Path | None, recipe: str | None, flags: list[str]) -> Examination[Settings]:
@@ -208,7 +208,7 @@ def stop_ids(tokenizer: Any, name: str, revision: str) -> set[int]:
 
 
 def template(settings: Settings, own: Any, theirs: Any, train: Dataset) -> Examination[bool]:
-    """Does it render the data, and can the assistant's turns be told apart?"""
+    """Does it render the data (else it raises), and does it say what is to be learnt?"""
     conversational = is_conversational(train)
     taught_by_template = theirs is not None and theirs.chat_template is not None
     borrowed = f"Set chat_template_path: {settings.training.teacher_model_name_or_path}"
@@ -217,8 +217,7 @@ def template(settings: Settings, own: Any, theirs: Any, train: Dataset) -> Exami
     except SpeckdError as error:
         if taught_by_template and own.chat_template is None:
             what = f"{error.what}, and the teacher's has one: a base student with an instruct teacher"
-            yield failure(About.ENDS, what, f"{borrowed}, or use a student of the teacher's kind")
-            return False
+            raise DataError(what, f"{borrowed}, or use a student of the teacher's kind") from None
         raise
     if taught_by_template and own.chat_template != theirs.chat_template:
         has = "has none" if own.chat_template is None else "has another"
@@ -239,7 +238,7 @@ def _render(own: Any, train: Dataset) -> None:
     try:
         own.apply_chat_template(_turns(train[0]), tokenize=False)
     except Exception as error:  # a template is a program, and may raise anything
-        raise SpeckdError(
+        raise DataError(
             f"the chat template cannot render row 1 ({' '.join(str(error).split())[:160]})",
             "Correct the data's turns, or give another template by chat_template_path",
         ) from error
@@ -255,13 +254,14 @@ def _assistant_mask(settings: Settings, own: Any, train: Dataset) -> Examination
             "Put {% generation %} … {% endgeneration %} around them (chat_template_path), or give prompt and completion",
         )
         return False
-    silent = [row for row, one in enumerate(train, 1) if all(turn["role"] != "assistant" for turn in _turns(one))]
-    if len(silent) == len(train):
+    some = _first(train)
+    silent = [row for row, one in enumerate(some, 1) if all(turn["role"] != "assistant" for turn in _turns(one))]
+    if len(silent) == len(some):
         what = "all rows are prompts: not one has an assistant's turn, so there is nothing to learn from"
         yield failure(About.ENDS, what, "Add the answers, as turns of the role 'assistant'")
         return False
     if silent:
-        what = f"{len(silent)} of {len(train)} rows (row {silent[0]}, …) have no assistant's turn"
+        what = f"{len(silent):,} of {len(some):,} rows (row {silent[0]}, …) have no assistant's turn"
         yield warning(About.ENDS, what, "Remove these rows, or add their answers")
     if "messages" in train.column_names and not settings.training.assistant_only_loss:
         yield warning(
@@ -291,19 +291,24 @@ def rows(given: Data) -> Examination[None]:
     """Counts, empty completions, repetitions."""
     train, held_out = given
     yield ok(About.DATA, f"{len(train):,} rows to train on, {len(held_out) if held_out is not None else 'none'} held out")
-    empty = [row for row, one in enumerate(train, 1) if not _answer(one)]
+    some = _first(train)
+    empty = [row for row, one in enumerate(some, 1) if not _answer(one)]
     if empty:
-        what = f"{len(empty):,} of {len(train):,} rows have an empty completion (row {empty[0]}, …)"
+        what = f"{len(empty):,} of {len(some):,} rows have an empty completion (row {empty[0]}, …)"
         yield warning(About.DATA, what, "Remove them: they teach the student to say nothing")
-    seen = Counter(map(_key, train.select(range(min(len(train), _COMPARED)))))
-    repeated = sum(seen.values()) - len(seen)
+    seen = set(map(_key, some))
+    repeated = len(some) - len(seen)
     if repeated:
-        yield note(About.DATA, f"{repeated:,} of {sum(seen.values()):,} rows repeat an earlier one")
+        yield note(About.DATA, f"{repeated:,} of {len(some):,} rows repeat an earlier one")
     if held_out is not None:
         leaked = sum(_key(one) in seen for one in held_out)
         if leaked:
             what = f"{leaked:,} of {len(held_out):,} held-out rows are trained on"
             yield warning(About.DATA, what, "Hold out other rows, or what is measured is memory")
+
+
+def _first(train: Dataset) -> Dataset:
+    return train.select(range(min(len(train), _ROWS)))
 
 
 def _answer(row: dict[str, Any]) -> Any:
@@ -382,11 +387,23 @@ def can_be_loaded(foreseen: Foreseen) -> bool:
     return max(parts.student + parts.teacher + parts.activations + parts.teacher_at_work for parts in peak) < foreseen.free
 
 
-def disk(settings: Settings, foreseen: Foreseen, train_rows: int) -> Examination[None]:
+@dataclass(frozen=True)
+class SavedBytes:
+    """What a checkpoint holds: the student's weights (of an adapter, its own), and the optimizer's state."""
+
+    weights: int
+    optimizer: int
+
+
+def saved_bytes(foreseen: Foreseen) -> SavedBytes:
+    facts = foreseen.facts
+    return SavedBytes(facts.student if foreseen.run.adapter is None else facts.gradients, facts.optimizer)
+
+
+def disk(settings: Settings, saved_each: SavedBytes, train_rows: int) -> Examination[None]:
     """Room for the checkpoints and the student."""
-    facts, args = foreseen.facts, settings.training
-    weights = facts.student if foreseen.run.adapter is None else facts.gradients
-    checkpoint = weights + (0 if args.save_only_model else facts.optimizer)
+    args, weights = settings.training, saved_each.weights
+    checkpoint = weights + (0 if args.save_only_model else saved_each.optimizer)
     kept = checkpoints(settings, train_rows)
     needed = weights + kept * checkpoint
     place, free = free_beside(Path(str(args.output_dir)))

@@ -18,6 +18,8 @@ from speckd.trainer import SpecKDTrainer
 
 #: The same run as plain fine-tuning: the data can be looked at where the teacher is what fails.
 _WITHOUT_TEACHER = ("teacher", "model"), ("teacher_model_name_or_path", "null"), ("label_loss_weight", "1")
+#: Seconds that servers may be down meanwhile.
+_PATIENCE_S = 20
 _WITHOUT_MASK = (("assistant_only_loss", "false"),)
 
 
@@ -42,15 +44,18 @@ def examined(config: Path | None, recipe: str | None, flags: list[str], thorough
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was found before a model was loaded. `own`: the student's tokenizer, with an end token; `whole`: could the run's own
-    trainer be made; `masked`: does the data say what is supervised; None: it could not be had."""
+    """What was found before a model was loaded; None where it could not be had.
+
+    `own`: the student's tokenizer, with an end token; `whole`: the run's own trainer can be made; `masked`: the data says what
+    is supervised, None where it cannot be rendered.
+    """
 
     settings: Settings
     own: Any
     given: before.Data | None
     foreseen: Foreseen | None
     whole: bool
-    masked: bool
+    masked: bool | None
 
 
 def _before(
@@ -61,13 +66,14 @@ def _before(
         return None
     yield from attempts.of(About.SETTINGS, before.output(settings))
     own = yield from attempts.of(About.MODELS, before.student(settings))
-    sound = [(yield from attempts.of(About.MODELS, before.teacher(settings)))]
-    theirs = yield from attempts.of(About.MODELS, before.tokenizer_of_teacher(settings))
+    sound, theirs = [(yield from attempts.of(About.MODELS, before.teacher(settings)))], None
+    if sound[0]:
+        theirs = yield from attempts.of(About.MODELS, before.tokenizer_of_teacher(settings))
     if own is not None and theirs is not None:
         sound.append((yield from attempts.of(About.MODELS, before.vocabulary(settings, own, theirs))))
     given = yield from attempts.of(About.DATA, before.data(settings))
     if own is None:
-        return _Seen(settings, None, given, None, whole=False, masked=False)
+        return _Seen(settings, None, given, None, whole=False, masked=None)
     ends = yield from attempts.of(About.ENDS, before.end_tokens(settings, own, theirs))
     masked = None
     if given is not None:
@@ -75,7 +81,7 @@ def _before(
     if settings.teacher_elsewhere:
         sound.append((yield from attempts.of(About.ELSEWHERE, before.elsewhere(settings, own, thorough))))
     foreseen = yield from attempts.of(About.MEMORY, before.memory(settings, given, own)) if given is not None else _nothing()
-    return _Seen(settings, own if ends else None, given, foreseen, all(sound) and bool(masked), bool(masked))
+    return _Seen(settings, own if ends else None, given, foreseen, all(sound) and bool(masked), masked)
 
 
 def _nothing() -> Examination[None]:
@@ -85,6 +91,8 @@ def _nothing() -> Examination[None]:
 def _why_not_loaded(seen: _Seen) -> str | None:
     if seen.own is None:
         return "the student's tokenizer comes first"
+    if seen.masked is None:
+        return "the chat template comes first"
     if seen.foreseen is not None and not before.can_be_loaded(seen.foreseen):
         return "there is no room for the models"
     return None
@@ -97,7 +105,7 @@ def _examined(
     if seen is None or seen.given is None:
         return
     if seen.foreseen is not None:
-        yield from attempts.of(About.DISK, before.disk(seen.settings, seen.foreseen, len(seen.given[0])))
+        yield from attempts.of(About.DISK, before.disk(seen.settings, before.saved_bytes(seen.foreseen), len(seen.given[0])))
     fits, reason = (yield from attempts.of(About.DATA, before.shapes(seen.settings, seen.given))), _why_not_loaded(seen)
     if reason is not None or not fits:
         yield from attempts.of(About.DATA, before.rows(seen.given))
@@ -126,6 +134,7 @@ def _built(
 ) -> Examination[SpecKDTrainer]:
     """The run's trainer, but for what it would keep and ask ahead."""
     quiet = [*nothing_kept(folder), "--teacher_prefetch", "0", "--disable_tqdm", "true"]
+    quiet += ["--teacher_server_patience_s", str(_PATIENCE_S)]
     changed = [word for key, value in changes for word in (f"--{key}", value)]
     settings = load_settings(config, recipe, [*flags, *quiet, *changed])
     say_things_once(settings)
@@ -148,12 +157,15 @@ def _with_models(attempts: Attempts, seen: _Seen, given: before.Data, trainer: S
             yield from attempts.of(About.DATA, after.tokens(trainer, settings))
             yield from attempts.of(About.SAMPLE, after.first_sample(trainer))
         yield from attempts.of(About.START, after.likelihood(trainer))
+        yield from attempts.of(About.START, after.ends_expected(trainer, settings))
         seconds = yield from attempts.of(About.START, after.first_step(trainer))
         if not teaches:
             yield note(About.START, "what gate and teacher do was not examined: see what failed above")
         elif seconds is not None:
             yield from attempts.of(About.PARITY, after.parity(trainer, settings))
             yield from attempts.of(About.TIME, after.duration(trainer, seconds))
+        if seen.foreseen is None:
+            yield from attempts.of(About.DISK, before.disk(settings, after.saved_bytes(trainer), len(given[0])))
         yield from attempts.of(About.DISK, after.room_for_cache(trainer, settings))
     finally:
         if trainer.source is not None:

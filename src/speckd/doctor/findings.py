@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 #: Loggers whose warnings matter to a user, and below them those of which an examination says the same.
 _HEARD = ("speckd", "trl")
-_EXAMINED = ("speckd.compatibility", "speckd.collation", "speckd.memory_report", "speckd.early_rejection")
+_EXAMINED = ("speckd.compatibility", "speckd.collation", "speckd.memory_report")
 
 
 class Level(StrEnum):

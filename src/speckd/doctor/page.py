@@ -45,7 +45,7 @@ def _counted(found: Iterable[Found], levels: Counter[Level]) -> Iterable[Found]:
 
 def _print_json(found: Iterable[Found], levels: Counter[Level]) -> None:
     for one in found:
-        print(json.dumps(asdict(one) if isinstance(one, Finding) else {"sample": asdict(one)}, ensure_ascii=False), flush=True)
+        print(json.dumps(asdict(one) if isinstance(one, Finding) else {"sample": asdict(one)}), flush=True)
     print(json.dumps({"summary": {level: levels[level] for level in Level}}), flush=True)
 
 
@@ -109,7 +109,8 @@ def sample_lines(one: Sample) -> Iterable[Text]:
         else:
             text.append(_clipped(piece), style="dim")
     yield from (line if not at else Text("  ") + line for at, line in enumerate(text.split("\n", allow_blank=True)))
-    yield Text("  ⟦ ⟧: supervised; below: + accepted, − rejected by the gate, and what the student proposes where it differs")
+    judged = "; below: + accepted, − rejected by the gate" if any(token.acceptance is not None for token in one.tokens) else ""
+    yield Text(f"  ⟦ ⟧: supervised{judged}; = the data's token")
     tokens, gap = list(one.tokens), len(one.tokens) - _FIRST - _LAST
     left_out = gap > 1
     rows = [*tokens[:_FIRST], *tokens[-_LAST:]] if left_out else tokens
