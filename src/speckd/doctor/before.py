@@ -16,6 +16,7 @@ from speckd.capture import free_beside, size_of
 from speckd.checks import (
     check_shapes,
     checkpoint_to_resume,
+    loaded,
     output_folder,
     require_end_token,
     require_k_below,
@@ -83,7 +84,7 @@ def as_trained(settings: Settings, tokenizer: Any) -> Any:
         if Path(path).is_file():  # else refused where the template is looked at
             tokenizer.chat_template = Path(path).read_text()
         return tokenizer
-    source = AutoTokenizer.from_pretrained(path)
+    source = loaded("chat_template_path", path, lambda: AutoTokenizer.from_pretrained(path))
     tokenizer.chat_template = source.chat_template
     tokenizer.eos_token = source.eos_token
     return tokenizer

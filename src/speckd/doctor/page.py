@@ -69,9 +69,8 @@ def _print_page(found: Iterable[Found], levels: Counter[Level]) -> None:
 
 def _finding_lines(one: Finding, width: int | None) -> Iterable[Text]:
     """`width`: of the terminal; None: no line is broken, so that they can be searched."""
-    sign = Text(f"  {_SIGNS[one.level]:<9}", style=_STYLES[one.level])
     said = _wrapped(one.what, width)
-    yield sign + Text(said[0])
+    yield Text.assemble((f"  {_SIGNS[one.level]:<9}", _STYLES[one.level]), said[0])
     yield from (Text(_INDENT + line) for line in said[1:])
     if one.fix:
         first, *rest = _wrapped(f"→ {one.fix}", width)
