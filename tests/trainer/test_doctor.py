@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from speckd.cli import main
 from speckd.collation import Wanted
-from speckd.doctor.after import TokenFacts, token_facts
-from speckd.doctor.before import checkpoints
+from speckd.doctor.data_tokens import TokenFacts, token_facts
 from speckd.doctor.findings import About, Attempts, Level, ok
+from speckd.doctor.room import checkpoints
 from speckd.quickstart.models import TEACHER
 from speckd.settings import load_settings
 from speckd.tasks import build_tokenizer, stream

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import disable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from speckd.doctor import after, before
+from speckd.doctor import after, before, data_tokens, ends, room
 from speckd.doctor.findings import About, Attempts, Examination, Found, note
 from speckd.memory_report import Foreseen
 from speckd.run import adapter_of, leave_together, new_trainer, nothing_kept, say_things_once
@@ -74,14 +74,14 @@ def _before(
     given = yield from attempts.of(About.DATA, before.data(settings))
     if own is None:
         return _Seen(settings, None, given, None, whole=False, masked=None)
-    ends = yield from attempts.of(About.ENDS, before.end_tokens(settings, own, theirs))
+    stops = yield from attempts.of(About.ENDS, ends.end_tokens(settings, own, theirs))
     masked = None
     if given is not None:
-        masked = yield from attempts.of(About.ENDS, before.template(settings, own, theirs, given[0]))
+        masked = yield from attempts.of(About.ENDS, ends.template(settings, own, theirs, given[0]))
     if settings.teacher_elsewhere:
         sound.append((yield from attempts.of(About.ELSEWHERE, before.elsewhere(settings, own, thorough))))
-    foreseen = yield from attempts.of(About.MEMORY, before.memory(settings, given, own)) if given is not None else _nothing()
-    return _Seen(settings, own if ends else None, given, foreseen, all(sound) and bool(masked), masked)
+    foreseen = yield from attempts.of(About.MEMORY, room.memory(settings, given, own)) if given is not None else _nothing()
+    return _Seen(settings, own if stops else None, given, foreseen, all(sound) and bool(masked), masked)
 
 
 def _nothing() -> Examination[None]:
@@ -93,7 +93,7 @@ def _why_not_loaded(seen: _Seen) -> str | None:
         return "the student's tokenizer comes first"
     if seen.masked is None:
         return "the chat template comes first"
-    if seen.foreseen is not None and not before.can_be_loaded(seen.foreseen):
+    if seen.foreseen is not None and not room.can_be_loaded(seen.foreseen):
         return "there is no room for the models"
     return None
 
@@ -105,7 +105,9 @@ def _examined(
     if seen is None or seen.given is None:
         return
     if seen.foreseen is not None:
-        yield from attempts.of(About.DISK, before.disk(seen.settings, before.saved_bytes(seen.foreseen), len(seen.given[0])))
+        yield from attempts.of(
+            About.DISK, room.disk(seen.settings, room.saved_bytes_foreseen(seen.foreseen), len(seen.given[0]))
+        )
     fits, reason = (yield from attempts.of(About.DATA, before.shapes(seen.settings, seen.given))), _why_not_loaded(seen)
     if reason is not None or not fits:
         yield from attempts.of(About.DATA, before.rows(seen.given))
@@ -154,7 +156,7 @@ def _with_models(attempts: Attempts, seen: _Seen, given: before.Data, trainer: S
         yield from attempts.of(About.LOADED, after.models(trainer))
         yield from attempts.of(About.DATA, before.rows(given))
         if seen.masked:
-            yield from attempts.of(About.DATA, after.tokens(trainer, settings))
+            yield from attempts.of(About.DATA, data_tokens.tokens(trainer, settings))
             yield from attempts.of(About.SAMPLE, after.first_sample(trainer))
         yield from attempts.of(About.START, after.likelihood(trainer))
         yield from attempts.of(About.START, after.ends_expected(trainer, settings))
@@ -165,8 +167,8 @@ def _with_models(attempts: Attempts, seen: _Seen, given: before.Data, trainer: S
             yield from attempts.of(About.PARITY, after.parity(trainer, settings))
             yield from attempts.of(About.TIME, after.duration(trainer, seconds))
         if seen.foreseen is None:
-            yield from attempts.of(About.DISK, before.disk(settings, after.saved_bytes(trainer), len(given[0])))
-        yield from attempts.of(About.DISK, after.room_for_cache(trainer, settings))
+            yield from attempts.of(About.DISK, room.disk(settings, room.saved_bytes(trainer), len(given[0])))
+        yield from attempts.of(About.DISK, room.room_for_cache(trainer, settings))
     finally:
         if trainer.source is not None:
             trainer.source.close()
