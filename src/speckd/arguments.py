@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,12 @@ from speckd.config import MethodConfig, Options, nearest
 from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
 from speckd.teachers.placement import existing_device
+from speckd.teachers.sharding import SHARDINGS
 
 #: Where a teacher may live.
 TEACHERS = ("model", "cache", "server", "base")
+#: What in `teacher_model_init_kwargs` quantises the teacher.
+QUANTIZATION = ("quantization_config", "load_in_4bit", "load_in_8bit")
 #: Held-out measures of which less is better; of the others more is.
 LOWER_IS_BETTER = {"loss", "nll", "kl", "kl_at_least"}
 
@@ -31,6 +35,8 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     _VALID_DICT_FIELDS = [  # noqa: RUF012  (Transformers' own convention: parsed from JSON on the command line)
         *SFTConfig._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
+        "teachers",
+        "teacher_mixture",
         "gate_options",
         "rejected_options",
         "divergence_options",
@@ -54,6 +60,18 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     )
     teacher_device: str | None = field(
         default=None, metadata={"help": "where the teacher computes, such as cuda:1 or cpu; by default, beside the student"}
+    )
+    teachers: Options | None = field(
+        default=None, metadata={"help": "several teachers in the place of one: a mapping of names to paths or hub ids, or JSON"}
+    )
+    teacher_route_column: str | None = field(
+        default=None, metadata={"help": "the data's column that names, among teachers, each row's own"}
+    )
+    teacher_mixture: Options | None = field(
+        default=None, metadata={"help": "mix the teachers' probabilities: a mapping of their names to weights, or JSON"}
+    )
+    teacher_sharding: str = field(
+        default="none", metadata={"help": "cut the teacher's layers over all processes: none, fsdp2, or zero3 (DeepSpeed)"}
     )
     share_teacher_prompt: bool = field(
         default=True,
@@ -191,10 +209,64 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             "teacher_model_revision",
             "teacher_model_init_kwargs",
             "teacher_device",
+            "teachers",
         )
         for key in of_a_model if self.teacher == "base" else ():
             if getattr(self, key) is not None:
                 raise ConfigError(f"{key} is set, but with teacher: base the student's own base teaches", f"Remove {key}")
+        for name in ("teachers", "teacher_mixture"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, _json(name, getattr(self, name)))
+        self._refuse_contradicting_shares()
+        if self.teacher_sharding != "none":
+            self._refuse_contradicting_sharding()
+
+    def _refuse_contradicting_sharding(self) -> None:
+        how = self.teacher_sharding
+        if how not in SHARDINGS:
+            raise ConfigError(f"teacher_sharding: '{how}' is unknown", nearest(str(how), list(SHARDINGS)))
+        if self.teacher_quantization is not None:
+            raise ConfigError("teacher_sharding: a quantised teacher is not cut over processes", "Remove one of them")
+        if self.teacher != "model":
+            raise ConfigError(f"teacher_sharding is set, but teacher is '{self.teacher}'", "Remove teacher_sharding")
+        if self.teacher_device is not None or "device_map" in (self.teacher_model_init_kwargs or {}):
+            raise ConfigError(
+                "teacher_sharding and teacher_device or a device_map both place the teacher", "Remove one of them"
+            )
+        if self.teacher_route_column is not None:
+            raise ConfigError(
+                "teacher_sharding: with teacher_route_column not every process asks every teacher, and the others would wait",
+                "Remove one of them, or mix the teachers",
+            )
+        if self.world_size == 1:
+            raise ConfigError(
+                f"teacher_sharding: {how} cuts the teacher over processes, and there is one", "Use torchrun --nproc-per-node N"
+            )
+
+    def _refuse_contradicting_shares(self) -> None:
+        """Of several teachers in the work."""
+        mixture = self.teacher_mixture
+        if self.teacher_route_column is not None and mixture is not None:
+            raise ConfigError("teacher_route_column and teacher_mixture both say who teaches what", "Remove one of them")
+        for name, weight in _names("teacher_mixture", mixture).items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                raise ConfigError(f"teacher_mixture: the weight of {name} is {weight!r}", "Give a number above 0")
+        if self.teachers is None:
+            return
+        if self.teacher != "model":
+            raise ConfigError(f"teachers is set, but teacher is '{self.teacher}'", "Remove one of them: teachers are models")
+        for key in ("teacher_model_name_or_path", "teacher_model_revision"):
+            if getattr(self, key) is not None:
+                raise ConfigError(f"{key} and teachers are both set", f"Remove {key}, or give one teacher by it")
+        for name, path in _names("teachers", self.teachers).items():
+            if not isinstance(path, str):
+                raise ConfigError(f"teachers: {name} is {path!r}", "Give a path or hub id")
+        if self.teacher_route_column is None and mixture is None:
+            raise ConfigError(
+                "teachers is set, but nothing says who teaches what", "Set teacher_route_column, or teacher_mixture"
+            )
+        if mixture is not None:
+            require_weights(list(self.teachers), mixture)
 
     def chunk_size(self, vocabulary: int) -> int:
         """Tokens whose logits the loss holds at once: as given, or as many as the budget holds, up to what speed asks for.
@@ -216,6 +288,21 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         return default_chunk_size(vocabulary, self.device.type, budget)
 
     @property
+    def teacher_quantization(self) -> Any:
+        """How the teacher is quantised when it is loaded, None where it is not. The student's is another key."""
+        given: Any = self.teacher_model_init_kwargs or {}
+        shortcuts = {key: True for key in QUANTIZATION[1:] if given.get(key)}
+        whole = given.get("quantization_config")
+        if not shortcuts:
+            return whole
+        if whole is not None:
+            raise ConfigError(
+                f"teacher_model_init_kwargs: {next(iter(shortcuts))} and quantization_config both quantise the teacher",
+                "Write it into quantization_config",
+            )
+        return shortcuts
+
+    @property
     def effective_gate_seed(self) -> int:
         return self.seed if self.gate_seed is None else self.gate_seed
 
@@ -223,6 +310,23 @@ class SpecKDConfig(MethodConfig, SFTConfig):
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{key}: '{value}' is not one of its values", nearest(str(value), list(known)))
+
+
+def require_weights(names: Iterable[str], mixture: Any) -> None:
+    """Refuses weights of nobody, and teachers without one."""
+    names = list(names)
+    for name in mixture:
+        if name not in names:
+            raise ConfigError(f"teacher_mixture: '{name}' is not among the teachers", nearest(str(name), names))
+    for name in names:
+        if name not in mixture:
+            raise ConfigError(f"teacher_mixture: {name} has no weight", "Give it one, or remove it from teachers")
+
+
+def _names(key: str, given: Any) -> dict[str, Any]:
+    if given is not None and (not isinstance(given, dict) or not given):
+        raise ConfigError(f"{key} is {given!r}", "Give a mapping of names")
+    return given or {}
 
 
 def _bytes(key: str, text: str) -> int:

@@ -23,17 +23,18 @@ from speckd.run import leave_together, prepared_trainer, say_things_once
 from speckd.settings import Settings, load_settings
 from speckd.teacher_sources import of_run, written
 from speckd.teachers.answers import Answer
+from speckd.teachers.draws import answer_of_draws
 from speckd.teachers.layout import Compression, Kind, Layout
 from speckd.teachers.record import sequence_key
 from speckd.teachers.store import StoreWriter
 from speckd.trainer import SpecKDTrainer
-from speckd.types import DenseSignal, TeacherRows, TopKSignal
+from speckd.types import TeacherRows, TopKSignal
 
 logger = logging.getLogger(__name__)
 
 #: A shard is what is lost when a capture is killed, and what one process works on: some seconds to minutes of a teacher.
 SHARD_BYTES = 32 * 2**20
-_SHARD_ANSWERS = 2**17
+SHARD_ANSWERS = 2**17
 _STREAM = 3  # of random draws, apart from the gates' and the scrambling's
 
 
@@ -47,6 +48,8 @@ def capture(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         settings = load_settings(config, recipe, [*flags, "--teacher", "model", "--output_dir", unused])
         say_things_once(settings)
         folder = _folder(settings)
+        if settings.training.teachers:
+            raise ConfigError("teachers: a cache holds the answers of one teacher", "Set teacher_model_name_or_path instead")
         _fill(folder, settings, prepared_trainer(settings, Path(unused)))
     return folder
 
@@ -64,7 +67,9 @@ def _fill(folder: Path, settings: Settings, trainer: SpecKDTrainer) -> None:
     if len(own) < len(shards[process::processes]):
         logger.info("%d of %d shards are there already.", len(shards[process::processes]) - len(own), len(shards))
     answers = Answers(trainer, layout, settings.training.effective_gate_seed)
-    with tqdm(total=sum(len(one.positions) for number in own for one in shards[number]), unit=" tokens", desc="Caching") as bar:
+    total = sum(len(one.positions) for number in own for one in shards[number])
+    silent = settings.training.disable_tqdm or process > 0
+    with tqdm(total=total, unit=" tokens", desc="Caching", disable=silent) as bar:
         for number in own:
             writer.write(number, _counted(answers.of(shards[number]), bar))
     trainer.accelerator.wait_for_everyone()
@@ -111,7 +116,7 @@ def provenance(settings: Settings, trainer: SpecKDTrainer) -> dict[str, Any]:
 
 def cut_into_shards(wanted: Sequence[Wanted], layout: Layout) -> list[list[Wanted]]:
     """Neighbours, as many as fill a shard; a matter of data and layout alone, so that every process finds the same."""
-    most = max(1, min(_SHARD_ANSWERS, int(SHARD_BYTES / layout.bytes_per_token())))
+    most = max(1, min(SHARD_ANSWERS, int(SHARD_BYTES / layout.bytes_per_token())))
     shards: list[list[Wanted]] = []
     held = most
     for one in wanted:
@@ -198,14 +203,16 @@ class Answers:
         ]
         sizes = [len(one.positions) for one in asked]
         columns = [torch.cat(column).cpu().split(sizes) for column in zip(*parts, strict=True)]
-        whole, ranked = self.layout.kind is Kind.FULL, self.layout.kind is not Kind.SAMPLED
         for one, ids, log_probs, own in zip(asked, *columns, strict=True):
-            yield Answer(one.positions, None if whole else ids, log_probs, own, ranked)
+            if self.layout.kind is Kind.SAMPLED:
+                yield answer_of_draws(one.positions, ids, own, self.layout)
+            else:
+                yield Answer(one.positions, None if self.layout.kind is Kind.FULL else ids, log_probs, own)
 
     def _kept(
         self, answers: TeacherRows, index: Tensor, labels: Tensor, samples: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of some rows: token ids (of the whole vocabulary, none), log-probabilities, those of the labels."""
+        """Of some rows: token ids (none of the whole vocabulary), log-probabilities (none of drawn tokens), those of labels."""
         signal, width = answers.signal(index), self.layout.width
         own = signal.label_log_prob(labels)
         if isinstance(signal, TopKSignal):
@@ -215,16 +222,6 @@ class Answers:
         if self.layout.kind is Kind.TOP_K:
             ids = signal.logits.topk(width).indices
             return ids, signal.log_prob(ids), own
-        return *self._drawn(signal, samples, positions), own
-
-    def _drawn(self, signal: DenseSignal, samples: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens drawn from the teacher and the logarithms of how often, most often first; others, never drawn, at −inf.
-
-        Sparse Logit Sampling (Anshumann et al. 2025), at temperature 1: without bias for any divergence linear in p.
-        """
+        # Sparse Logit Sampling (Anshumann et al. 2025) at temperature 1: without bias for what is linear in p.
         draws = uniforms(self.seed, 0, samples, positions, self.layout.draws, stream=_STREAM)[..., 0]
-        drawn = signal.sample(draws.to(signal.logits.device))
-        counts = torch.zeros_like(signal.logits)
-        counts.scatter_add_(-1, drawn, torch.ones_like(drawn, dtype=counts.dtype))
-        most = counts.topk(self.layout.width)
-        return most.indices, (most.values / self.layout.draws).log()
+        return signal.sample(draws.to(signal.logits.device)), signal.logits[:, :0], own

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from speckd.collation import number_teachers
 from speckd.compatibility import require_same_tokens
 from speckd.config import nearest
 from speckd.errors import ConfigError, DataError
@@ -44,6 +45,7 @@ _FREE_ON_RESUME = {
         "early_rejection",
         "per_device_eval_batch_size",
         "teacher_device",
+        "teacher_sharding",
         "share_teacher_prompt",
     ),
     *(f"teacher_server_{name}" for name in ("urls", "concurrency", "tokens", "timeout_s", "patience_s")),
@@ -89,12 +91,18 @@ def _refuse_overwriting_inputs(settings: Settings, output: Path) -> None:
     used = {
         "the student": settings.model.model_name_or_path,
         "the teacher": settings.training.teacher_model_name_or_path,
+        **{f"the teacher {name}": path for name, path in several_teachers(settings).items()},
         "the data": settings.run.dataset_name,
         "the held-out data": settings.run.eval_dataset,
     }
     for what, name in used.items():
         if name is not None and os.path.exists(name) and Path(name).resolve().is_relative_to(output.resolve()):
             raise ConfigError(f"output_dir: {output} holds {what}, which would be overwritten", "Choose another folder")
+
+
+def several_teachers(settings: Settings) -> dict[str, str]:
+    """Paths or hub ids by name, where there is more than one teacher."""
+    return dict(settings.training.teachers or {})  # type: ignore[arg-type]
 
 
 def check_models_exist(settings: Settings) -> None:
@@ -111,19 +119,38 @@ def require_student(settings: Settings) -> None:
 
 
 def require_teacher(settings: Settings) -> None:
-    """Refuses a teacher in this process that is not named though it is needed, not there, or the student itself."""
+    """Refuses teachers in this process that are not named though needed, not there, or the student itself."""
     student, teacher = str(settings.model.model_name_or_path), settings.teacher_model
-    if teacher is None and settings.training.teacher == "model" and settings.training.objective().needs_teacher:
+    several = several_teachers(settings)
+    nobody = teacher is None and not several and settings.training.teacher == "model"
+    if nobody and settings.training.objective().needs_teacher:
         raise ConfigError(
             "teacher_model_name_or_path is not set: there is no teacher", "Give a path or hub id, or --recipe sft"
         )
+    _require_packages(settings)
+    of_several = [(f"teachers: {name}", path) for name, path in several.items()]
+    for key, name in (("teacher_model_name_or_path", teacher), *of_several):
+        if name is not None:
+            _require_model(key, name, settings.training.trust_remote_code)
     if teacher is None:
         return
-    _require_model("teacher_model_name_or_path", teacher, settings.training.trust_remote_code)
     same_place = os.path.realpath(student) == os.path.realpath(teacher) if os.path.exists(student) else student == teacher
     same_revision = settings.model.model_revision == (settings.training.teacher_model_revision or "main")
     if same_place and same_revision and settings.training.objective().needs_teacher:
         raise ConfigError(f"teacher_model_name_or_path: {teacher} is the student itself", "Give another model as teacher")
+
+
+def _require_packages(settings: Settings) -> None:
+    """What some teachers need, and a user installs or not."""
+    if settings.training.teacher_sharding == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError("teacher_sharding: zero3 needs DeepSpeed, which is not installed", "pip install deepspeed, or fsdp2")
+    quantised = settings.training.teacher_quantization
+    by_bitsandbytes = isinstance(quantised, dict) and (quantised.get("load_in_4bit") or quantised.get("load_in_8bit"))
+    if by_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "teacher_model_init_kwargs: a teacher in 4 or 8 bits needs bitsandbytes, which is not installed",
+            "pip install bitsandbytes, or load the teacher in bfloat16",
+        )
 
 
 def _require_model(key: str, name: str, trust_remote_code: bool) -> None:
@@ -146,6 +173,10 @@ def _require_model(key: str, name: str, trust_remote_code: bool) -> None:
 
 
 def check_shapes(settings: Settings, train_data: Dataset, held_out: Dataset | None) -> None:
+    column = settings.training.teacher_route_column
+    for data, path in ((train_data, settings.run.dataset_name), (held_out, settings.run.eval_dataset)):
+        if column is not None and data is not None:
+            number_teachers(data, column, list(several_teachers(settings)), path or f"{settings.run.dataset_name} (held out)")
     if held_out is None and settings.training.eval_strategy != "no":
         raise ConfigError(
             f"eval_strategy is {settings.training.eval_strategy.value}, but nothing is held out",
@@ -168,6 +199,8 @@ def load_tokenizers(settings: Settings, conversational: bool) -> tuple[PreTraine
     require_end_token(own)
     require_template(settings, own, conversational)
     require_k_below(settings, len(own))
+    for name, path in several_teachers(settings).items():
+        require_same_tokens(own, tokenizer_among_several(settings, name, path))
     if settings.teacher_model is None:
         return own, None
     theirs = teacher_tokenizer(settings, settings.teacher_model)
@@ -195,6 +228,11 @@ def student_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
 def teacher_tokenizer(settings: Settings, name: str) -> PreTrainedTokenizerBase:
     """The one saved with the teacher of that path or hub id."""
     return _tokenizer("teacher_model_name_or_path", name, settings.training.teacher_model_revision or "main", settings)
+
+
+def tokenizer_among_several(settings: Settings, name: str, path: str) -> PreTrainedTokenizerBase:
+    """That of one of several teachers, by its name."""
+    return _tokenizer(f"teachers: {name}", path, "main", settings)
 
 
 def require_end_token(own: PreTrainedTokenizerBase) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from speckd.types import IGNORED_LABEL
 logger = logging.getLogger(__name__)
 
 SAMPLE = "sample_ids"
+TEACHER = "teacher_numbers"  # where several teachers share the samples: whose each token is
 EXAMPLE = "example_index"  # which of the batch's rows of the data set a token came from
 
 
@@ -40,6 +42,27 @@ def number_rows(dataset: Dataset) -> Dataset:
     if SAMPLE in dataset.column_names:
         dataset = dataset.remove_columns(SAMPLE)
     return dataset.add_column(SAMPLE, list(range(len(dataset))))
+
+
+def number_teachers(dataset: Dataset, column: str, names: Sequence[str], data_name: str) -> Dataset:
+    """Adds each row's teacher by its number among `names`.
+
+    Raises:
+        DataError: there is no such column, or a row names no teacher.
+    """
+    if column not in dataset.column_names:
+        raise DataError(
+            f"{data_name}: there is no column '{column}' (teacher_route_column)", f"There is: {', '.join(dataset.column_names)}"
+        )
+    numbers = {name: number for number, name in enumerate(names)}
+    values = list(map(str, dataset[column]))
+    for row, value in enumerate(values, 1):
+        if value not in numbers:
+            fix = f"Give one of {', '.join(names)}, or add it to teachers"
+            raise DataError(f"{data_name}: row {row}: {column} is '{value[:60]}', which is no teacher", fix)
+    if TEACHER in dataset.column_names:
+        dataset = dataset.remove_columns(TEACHER)
+    return dataset.add_column(TEACHER, [numbers[value] for value in values])
 
 
 def keep_supervised(prepared: Dataset, total: int, name: str, max_length: int | None) -> tuple[Dataset, DroppedRows]:
@@ -77,34 +100,37 @@ def _is_supervised(row: dict[str, Any]) -> bool:
 
 
 def spread_sample_ids(prepared: Dataset, packing: bool, max_length: int | None, strategy: str) -> Dataset:
-    """One sample id a token, so that it is cut and packed like the tokens."""
+    """One sample id (and teacher's number) a token, so that it is cut and packed like the tokens."""
+    of_tokens = [name for name in (SAMPLE, TEACHER) if name in prepared.column_names]
     prepared = prepared.map(
-        lambda row: {SAMPLE: [row[SAMPLE]] * len(row["input_ids"])},
+        lambda row: {name: [row[name]] * len(row["input_ids"]) for name in of_tokens},
         desc="Numbering samples",
-    ).select_columns(["input_ids", "labels", SAMPLE])
+    ).select_columns(["input_ids", "labels", *of_tokens])
     return pack_dataset(prepared, max_length, strategy) if packing else prepared
 
 
 @dataclass(frozen=True)
 class Wanted:
     """One sequence of a data set, [T] token ids, and where a teacher is asked about it, [n] positions: at t about the token at
-    t + 1. `row`: of the data set, from 1, for messages."""
+    t + 1. `row`: of the data set, from 1, for messages; `teacher`: the number of its own, where several share the samples."""
 
     token_ids: Tensor
     positions: Tensor
     row: int
+    teacher: int | None = None
 
 
 def sequences_in(dataset: Dataset) -> Iterator[Wanted]:
     """A prepared data set, packed or not, taken apart into its samples."""
     for row in dataset:
         ids, labels, samples = (torch.tensor(row[column]) for column in ("input_ids", "labels", SAMPLE))
-        borders = (samples[1:] != samples[:-1]).nonzero()[:, 0] + 1
-        parts = (part.tensor_split(borders) for part in (ids, labels, samples))
-        for own, own_labels, sample in zip(*parts, strict=True):
-            positions = (own_labels[1:] != IGNORED_LABEL).nonzero()[:, 0]
+        teachers = torch.tensor(row[TEACHER]) if TEACHER in row else None
+        borders = [0, *((samples[1:] != samples[:-1]).nonzero()[:, 0] + 1).tolist(), len(samples)]
+        for start, end in pairwise(borders):
+            positions = (labels[start + 1 : end] != IGNORED_LABEL).nonzero()[:, 0]
             if len(positions):
-                yield Wanted(own, positions, int(sample[0]) + 1)
+                teacher = None if teachers is None else int(teachers[start])
+                yield Wanted(ids[start:end], positions, int(samples[start]) + 1, teacher)
 
 
 def distinct(wanted: Iterable[Wanted]) -> list[Wanted]:
@@ -126,7 +152,9 @@ def question_about(asked: Sequence[Wanted], vocabulary: SharedVocabulary, device
     mask = pad_sequence([torch.ones_like(one.token_ids) for one in asked], batch_first=True).to(device)
     targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL).to(device)
     batch = token_batch(tokens, vocabulary.labels(targets), mask)
-    return Question({"input_ids": tokens, "attention_mask": mask}, batch, supervised_rows(batch))
+    numbers = [-1 if one.teacher is None else one.teacher for one in asked]
+    teachers = torch.tensor(numbers, device=device)[:, None].where(mask == 1, -1) if max(numbers) >= 0 else None
+    return Question({"input_ids": tokens, "attention_mask": mask}, batch, supervised_rows(batch), teachers)
 
 
 def require_known_tokens(dataset: Dataset, vocabulary: SharedVocabulary, name: str) -> None:
@@ -146,13 +174,16 @@ def require_known_tokens(dataset: Dataset, vocabulary: SharedVocabulary, name: s
 
 
 class SampleCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with `sample_ids` and `example_index` ([B, L], −1 in the padding) beside the rest."""
+    """TRL's collator, with `sample_ids`, `example_index` and, where several teachers share the samples, `teacher_numbers`
+    ([B, L], −1 in the padding) beside the rest."""
 
     def torch_call(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(list(examples))
-        samples = [torch.tensor(example[SAMPLE]) for example in examples]
-        numbers = [torch.full_like(sample, i) for i, sample in enumerate(samples)]
-        return {**batch, SAMPLE: self._like(batch["input_ids"], samples), EXAMPLE: self._like(batch["input_ids"], numbers)}
+        of_tokens = {
+            name: [torch.tensor(example[name]) for example in examples] for name in (SAMPLE, TEACHER) if name in examples[0]
+        }
+        of_tokens[EXAMPLE] = [torch.full_like(sample, i) for i, sample in enumerate(of_tokens[SAMPLE])]
+        return {**batch, **{name: self._like(batch["input_ids"], pieces) for name, pieces in of_tokens.items()}}
 
     def _like(self, ids: Tensor, pieces: list[Tensor]) -> Tensor:
         """One piece a row of `ids`, or all in its only row where there is no padding."""

@@ -1,7 +1,7 @@
 """Do student and teacher name tokens the same way? Checked once, before any model is loaded."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,12 +32,18 @@ class Tokenizer(Protocol):
 class SharedVocabulary:
     """The axis that student and teacher share: the first `size` ids, or exactly `ids` ([size] int64, ascending) if not None.
 
-    `teacher_only`: ids of the teacher's tokens that the student does not know. (Ids that name no token at all are padding.)
+    `teacher_only`: ids of the teacher's tokens that are not on it, since the student, or another teacher, lacks them. (Ids that
+    name no token at all are padding.)
     """
 
     size: int
     ids: Tensor | None = None
     teacher_only: tuple[int, ...] = ()
+
+    def same_axis(self, other: "SharedVocabulary") -> bool:
+        if self.ids is None or other.ids is None:
+            return self.ids is other.ids and self.size == other.size
+        return torch.equal(self.ids, other.ids)
 
     def restrict(self, head: LMHead) -> LMHead:
         """The head's rows of the shared tokens: padding and tokens that only one side knows are gone, not masked."""
@@ -102,6 +108,25 @@ def shared_vocabulary(student: Tokenizer, teacher: Tokenizer, student_width: int
         )
     lost = tuple(sorted(i for token, i in other.items() if token not in own and i < teacher_width))
     return SharedVocabulary(size, None if prefix else torch.tensor(shared), lost)
+
+
+def common_axis(axes: Sequence[SharedVocabulary]) -> list[SharedVocabulary]:
+    """What several teachers share with one student: the tokens of all of them, the others of each among its `teacher_only`.
+
+    Raises:
+        VocabularyError: there is no such token.
+    """
+    held = [set(range(axis.size) if axis.ids is None else axis.ids.tolist()) for axis in axes]
+    shared = sorted(set.intersection(*held))
+    if not shared:
+        raise VocabularyError("no token is known to the student and all teachers", "Use models with the same tokenizer")
+    size, ids = len(shared), None if shared[-1] == len(shared) - 1 else torch.tensor(shared)
+    if any(len(own) > size for own in held):
+        logger.warning("Vocabulary: the teachers do not share the same tokens; distilling on the %s of all.", f"{size:,}")
+    return [
+        SharedVocabulary(size, ids, tuple(sorted({*axis.teacher_only, *(own - set(shared))})))
+        for axis, own in zip(axes, held, strict=True)
+    ]
 
 
 def require_same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:

@@ -19,8 +19,8 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")
 _CANDIDATES = 16
 
 
-def load_data(run: RunArguments, text_field: str) -> tuple[Dataset, Dataset | None]:
-    """Training data and, where there is some, held-out data.
+def load_data(run: RunArguments, text_field: str, kept: str | None = None) -> tuple[Dataset, Dataset | None]:
+    """Training data and, where there is some, held-out data. `kept`: a column to keep beside those of the shape.
 
     Raises:
         DataError: naming the file and the row.
@@ -38,9 +38,9 @@ def load_data(run: RunArguments, text_field: str) -> tuple[Dataset, Dataset | No
         held_out = _from_folder(folder, "validation", required=False)
     elif not folder.exists() and run.dataset_test_split:
         held_out = _from_hub(run.dataset_name, run.dataset_config, run.dataset_test_split)
-    train = _checked(train, run.dataset_name, run, text_field)
+    train = _checked(train, run.dataset_name, run, text_field, kept)
     if held_out is not None:
-        held_out = _checked(held_out, run.eval_dataset or f"{run.dataset_name} (held out)", run, text_field)
+        held_out = _checked(held_out, run.eval_dataset or f"{run.dataset_name} (held out)", run, text_field, kept)
         held_out = held_out.select(range(min(len(held_out), run.eval_rows or len(held_out))))
     return train, held_out
 
@@ -133,7 +133,7 @@ def _innermost(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _checked(data: Dataset, name: str, run: RunArguments, text_field: str) -> Dataset:
+def _checked(data: Dataset, name: str, run: RunArguments, text_field: str, kept: str | None) -> Dataset:
     """The known columns, renamed as asked, every row of the type that its shape needs."""
     if not len(data):
         raise DataError(f"{name}: no rows", "Give at least one")
@@ -156,7 +156,7 @@ def _checked(data: Dataset, name: str, run: RunArguments, text_field: str) -> Da
             f"{name}: columns {', '.join(sorted(columns))} are in no known shape ({SHAPES})",
             "Rename them, or name yours with dataset_prompt_column and dataset_completion_column (or dataset_text_field)",
         )
-    extras = {"tools", "chat_template_kwargs", "labels", "completion_mask"}
+    extras = {"tools", "chat_template_kwargs", "labels", "completion_mask", kept}
     return data.select_columns([c for c in data.column_names if c in used | extras])
 
 

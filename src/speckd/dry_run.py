@@ -7,7 +7,7 @@ attention, adapters, autocast and checkpointing count as they are, whatever the 
 import logging
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -60,11 +60,11 @@ class BatchShape:
 class RunShape:
     """What decides the memory of a run.
 
-    `teacher`: None where there is none; `teacher_elsewhere`: has it devices of its own; `base_teaches`: is it the student's own
-    base; `chunk`: tokens whose logits stand at once; `vocabulary`: tokens that both models share; `distils`: does the loss ask
-    the teacher; `adapter`: PEFT's settings; `evaluation`: a held-out batch, or None; `autocast`: of the student's forward, None
-    for the weights' own precision; `checkpointing`: the options of gradient checkpointing, None where it is off; `distributed`:
-    does DDP wrap the student.
+    `teacher`: None where there is none; `teacher_elsewhere`: has it devices of its own; `more_teachers`: beside it;
+    `teacher_pieces`: over how many processes they are cut; `base_teaches`: does the student's own base; `chunk`: tokens whose
+    logits stand at once; `vocabulary`: tokens that all share; `distils`: does the loss ask the teacher; `adapter`: PEFT's
+    settings; `evaluation`: a held-out batch, or None; `autocast`: of the student's forward, None for that of the weights;
+    `checkpointing`: the options of gradient checkpointing, None where it is off; `distributed`: does DDP wrap the student.
     """
 
     student: ModelShape
@@ -75,6 +75,8 @@ class RunShape:
     vocabulary: int
     distils: bool = True
     teacher_elsewhere: bool = False
+    more_teachers: tuple[ModelShape, ...] = ()
+    teacher_pieces: int = 1
     base_teaches: bool = False
     adapter: PeftConfig | None = None
     evaluation: BatchShape | None = None
@@ -91,17 +93,18 @@ def step_facts(run: RunShape) -> StepFacts:
     Raises:
         Exception: whatever a model's code raises where its course depends on numbers, which fake tensors do not have.
     """
-    student, teacher = _student(run), None if run.teacher is None else _built(run.teacher).eval().requires_grad_(False)
+    student = _student(run)
+    teachers = [_built(shape).eval().requires_grad_(False) for shape in (run.teacher, *run.more_teachers) if shape is not None]
     with _quiet(), FakeTensorMode(), torch.device(run.device), torch.autograd.set_multithreading_enabled(False):
-        student, teacher = _placed(student), None if teacher is None else _placed(teacher)
-        asked = student.eval() if run.base_teaches else teacher
+        student, teachers = _placed(student), [_placed(teacher) for teacher in teachers]
+        asked = [student.eval()] if run.base_teaches else teachers
         answers, held_out = _answers(asked, run.batch, run.teacher_elsewhere), _held_out(student.eval(), asked, run)
         forward, backward = student_step(student.train(), run)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         gradients, name = _bytes(trained), run.optimizer
         return StepFacts(
             student=_bytes([*student.parameters(), *student.buffers()]),
-            teacher=_weights_here(teacher, run.teacher_elsewhere),
+            teacher=sum(_weights_here(teacher, run) for teacher in teachers),
             gradients=gradients,
             optimizer=optimizer_bytes(name, sum(parameter.numel() for parameter in trained), gradients),
             update=update_bytes(name, gradients, max(map(_size, trained), default=0), run.device.type),
@@ -177,25 +180,28 @@ def _head(student: Any, vocabulary: int) -> Head:
     return Head(rows, width, min(rows, vocabulary), weight.requires_grad, tied, weight.element_size())
 
 
-def _held_out(student: Any, teacher: Any | None, run: RunShape) -> Evaluation | None:
+def _held_out(student: Any, teachers: Sequence[Any], run: RunShape) -> Evaluation | None:
     if run.evaluation is None:
         return None
-    answers = _answers(teacher, run.evaluation, run.teacher_elsewhere)
+    answers = _answers(teachers, run.evaluation, run.teacher_elsewhere)
     tokens, chunk = run.evaluation.rows * run.evaluation.tokens, default_chunk_size(run.vocabulary)
     return Evaluation(_forward(student, run.evaluation, run.autocast), answers, tokens, chunk)
 
 
-def _answers(teacher: Any | None, batch: BatchShape, elsewhere: bool) -> Forward:
-    """The teacher's forward; of one on a device of its own, only the hidden states come to the student's."""
-    there = Forward() if teacher is None else _forward(teacher, batch)
-    return Forward(there.kept, there.kept) if elsewhere else there
+def _answers(teachers: Sequence[Any], batch: BatchShape, elsewhere: bool) -> Forward:
+    """The teachers' forwards, one after the other; of those on a device of their own, only the hidden states come here."""
+    peak = kept = 0
+    for teacher in teachers:
+        there = _forward(teacher, batch)
+        peak = max(peak, kept + (there.kept if elsewhere else there.peak))
+        kept += there.kept
+    return Forward(peak, kept)
 
 
-def _weights_here(teacher: Any | None, elsewhere: bool) -> int:
-    """Of a teacher on a device of its own, only a copy of the head is on the student's."""
-    if teacher is None:
-        return 0
-    return _bytes([LMHead.from_model(teacher).weight] if elsewhere else [*teacher.parameters(), *teacher.buffers()])
+def _weights_here(teacher: Any, run: RunShape) -> int:
+    """Of a teacher on a device of its own, only a copy of the head is on the student's; of one in pieces, head and piece."""
+    head, whole = _bytes([LMHead.from_model(teacher).weight]), _bytes([*teacher.parameters(), *teacher.buffers()])
+    return head if run.teacher_elsewhere else head + (whole - head) // run.teacher_pieces
 
 
 def _size(tensor: Tensor) -> int:

@@ -168,8 +168,8 @@ class _Batch:
         self.entropy = torch.full((len(self.rows),), torch.nan, dtype=self.dtype, device=self.hidden.device)
         shape = (min(self.chunk_size, len(self.rows)), self.head.weight.shape[0])
         # Where several chunks are needed, the student's space holds more rows than are asked for at once: those whose gradients
-        # wait for the next ones. Three quarters are as fast as all of it, and the teacher's space is so much smaller.
-        self.most = self.chunk_size if len(self.rows) <= self.chunk_size else max(1, self.chunk_size * 3 // 4)
+        # wait for the next ones. Four fifths are as fast as all of it, and the teacher's space is so much smaller.
+        self.most = self.chunk_size if len(self.rows) <= self.chunk_size else max(1, self.chunk_size * 4 // 5)
         self.student_space = room(shape, self.dtype, self.hidden.device)
         self.teacher_space = None
         if self.objective.needs_teacher:
@@ -291,7 +291,7 @@ class _Batch:
             possible |= _diagnosed(keys)
             count = int(possible.sum())
             holes, movers = (~possible[:count]).nonzero()[:, 0], possible[count:].nonzero()[:, 0] + count
-            kernels.swap_rows(student.logits, holes, movers)
+            kernels.swap_rows(student.logits, holes, movers, needed=self._teaches_rejected)
             everything[holes], everything[movers] = movers, holes
         return everything, count
 
@@ -300,6 +300,11 @@ class _Batch:
         """Has a rejected row no use for the teacher?"""
         on, fallen = self.objective.rejected.weights(torch.zeros(1))
         return float(on) == 0 and not (self.row_pass.by_definition and float(fallen) != 0)
+
+    @cached_property
+    def _teaches_rejected(self) -> bool:
+        """Does a rejected row learn from its label?"""
+        return self.objective.label_loss_weight > 0 or float(self.objective.rejected.weights(torch.zeros(1))[1]) != 0
 
     def _diagnose(self, teacher: TeacherSignal, index: Tensor) -> None:
         places = _diagnosed(self.rows.keys.rows(index)).nonzero()[:, 0]

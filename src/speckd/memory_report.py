@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from speckd.checks import reason_of
+from speckd.checks import reason_of, several_teachers
 from speckd.data import longest_row_of
 from speckd.dry_run import BatchShape, ModelShape, RunShape, step_facts
 from speckd.errors import ConfigError
@@ -150,21 +150,22 @@ def _run_shape(
     student = _model_shape(str(settings.model.model_name_or_path), student_options(settings))
     if student_options(settings).get("device_map") is not None:
         raise _NotForeseen("the student has a device_map")
-    teacher, teacher_name = None, settings.teacher_model
-    if teacher_name is not None:
-        teacher = _model_shape(teacher_name, teacher_options(training, student.options["dtype"]))
+    names = [name for name in (settings.teacher_model, *several_teachers(settings).values()) if name is not None]
+    teachers = [_model_shape(name, teacher_options(training, student.options["dtype"])) for name in names]
     distils = training.objective().needs_teacher
-    rows_of_heads = [_vocabulary(shape) for shape in (student, teacher) if shape is not None]
+    rows_of_heads = [_vocabulary(shape) for shape in (student, *teachers)]
     vocabulary = min(len(tokenizer), *rows_of_heads) if distils else rows_of_heads[0]
     return RunShape(
         student=student,
-        teacher=teacher,
+        teacher=teachers[0] if teachers else None,
         batch=_batch(settings, data[0], tokenizer, training.per_device_train_batch_size),
         device=training.device,
         chunk=training.chunk_size(vocabulary),
         vocabulary=vocabulary,
         distils=distils,
         teacher_elsewhere=_elsewhere(settings),
+        more_teachers=tuple(teachers[1:]),
+        teacher_pieces=1 if training.teacher_sharding == "none" else training.world_size,
         base_teaches=training.teacher == "base",
         adapter=adapter,
         evaluation=None if data[1] is None else _batch(settings, data[1], tokenizer, training.per_device_eval_batch_size),
@@ -181,6 +182,8 @@ def _model_shape(name: str, options: dict[str, Any]) -> ModelShape:
         raise _NotForeseen(f"{name} is quantised")
     source = {"revision": options.get("revision"), "trust_remote_code": options.get("trust_remote_code", False)}
     config = AutoConfig.from_pretrained(name, **source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise _NotForeseen(f"{name} is quantised")
     dtype = options.get("dtype", "auto")
     if dtype in ("auto", None):
         dtype = config.dtype or torch.float32

@@ -8,13 +8,13 @@ label. Rows without weight get nothing, and a policy whose fallback wants more t
 
 import math
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from speckd import tiles
-from speckd.divergences import HasEntries
+from speckd.divergences import Entrywise, HasEntries
 from speckd.head import LMHead
 from speckd.objective import Objective, TokenTerms, token_terms
 from speckd.policies import FallbackRows
@@ -130,6 +130,13 @@ class RowPass:
         out[(~(taught | labelled)).nonzero()[:, 0]] = 0
         return found, torch.arange(len(on), device=on.device)
 
+    @cached_property
+    def _closed_form(self) -> Entrywise | None:
+        return closed_form(self.objective.divergence)
+
+    def _slope(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+        return divergence_slope(self.objective.divergence, self._closed_form, log_q, log_p, q, p, wanted)
+
     def label_slopes(self, rows: JudgedRows, fallen: Tensor, found: RowResults, wanted: bool) -> Tensor | None:
         """[n] derivative of fallback and label loss for the label's log-probability; None where no row has either."""
         weight, falls = self.objective.label_loss_weight, fallen != 0
@@ -158,7 +165,7 @@ class RowPass:
         plain = tiles.softmax(student_logits) if label is not None and temperature != 1 else None
         q, log_q = _normalised(student_logits, rows.student.maximum[where], temperature)
         p, log_p = _normalised(teacher_logits, teacher.maximum[where], temperature)
-        value, slope = divergence_slope(self.objective.divergence, log_q, log_p, q, p, wanted=out is not None)
+        value, slope = self._slope(log_q, log_p, q, p, wanted=out is not None)
         if out is None:
             return value
         weight, total = (temperature * on)[:, None], slope.sum(-1, keepdim=True)  # T² of the divergence, 1/T of the logits
@@ -198,7 +205,7 @@ class RowPass:
         tail = outside.sum(-1, keepdim=True)  # with every digit, unlike 1 − Σ inside
         log_inside = logits.gather(-1, ids) - rows.student.maximum[where] - log_mass
         q, log_q = torch.cat([inside, tail], -1), torch.cat([log_inside, tail.log()], -1)
-        value, slope = divergence_slope(self.objective.divergence, log_q, log_p, q, log_p.exp(), wanted=out is not None)
+        value, slope = self._slope(log_q, log_p, q, log_p.exp(), wanted=out is not None)
         if out is None:
             return value
         slope = slope * on[:, None]
@@ -295,12 +302,16 @@ def slope_against_tail(slope: Tensor, inside: Tensor, tail: Tensor) -> Tensor:
     return slope[:, :-1] - inside * torch.where(tail > 0, slope[:, -1:] / tail, 0)
 
 
+def closed_form(divergence: Divergence) -> Entrywise | None:
+    """One entry's summand and slope, where the divergence states them. Asked once: the question costs as much as a few rows."""
+    return divergence.entrywise if isinstance(divergence, HasEntries) else None
+
+
 def divergence_slope(
-    divergence: Divergence, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, wanted: bool = True
+    divergence: Divergence, form: Entrywise | None, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, wanted: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """[n] divergence and, if wanted, its derivative for log q, [n, S], each entry by itself."""
-    if isinstance(divergence, HasEntries):
-        form = divergence.entrywise
+    """[n] divergence and, if wanted, its derivative for log q, [n, S], each entry by itself; `form`: by `closed_form`."""
+    if form is not None:
         values, slope = form.entry(log_q, log_p, q, p, form.a, form.b)
         value = values.sum(-1)
         if math.isfinite(value.sum()):

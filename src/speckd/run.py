@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from speckd.checks import (
     loaded,
     output_folder,
     reason_of,
+    several_teachers,
 )
 from speckd.data import is_conversational, load_data
 from speckd.errors import ConfigError, TeacherLostError
@@ -31,6 +33,7 @@ from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings, student_options
 from speckd.teacher_sources import remember_servers, require_ready, source_elsewhere
+from speckd.teachers.sharding import size as parameter_size
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log
 from speckd.trl_internals import finish_from_checkpoint, save_checkpoint
@@ -94,7 +97,7 @@ def prepared_trainer(settings: Settings, output: Path) -> SpecKDTrainer:
         SpeckdError: for whatever the user can mend; no output folder has been made then.
     """
     check_models_exist(settings)
-    train_data, held_out = load_data(settings.run, settings.training.dataset_text_field)
+    train_data, held_out = load_data(settings.run, settings.training.dataset_text_field, settings.training.teacher_route_column)
     check_shapes(settings, train_data, held_out)
     tokenizers = load_tokenizers(settings, is_conversational(train_data))
     _announce(settings, len(train_data), 0 if held_out is None else len(held_out))
@@ -143,7 +146,12 @@ def new_trainer(
     """Loads both models and prepares the data; refused, it leaves no folder behind."""
     student_name, teacher_name = settings.model.model_name_or_path, settings.teacher_model
     student = loaded("model_name_or_path", str(student_name), lambda: _student(settings))
-    teacher = None
+    teacher: Any = None
+    if settings.training.teachers is not None:
+        teacher = {
+            name: loaded(f"teachers: {name}", path, partial(load_teacher, path, settings.training, student.dtype))
+            for name, path in several_teachers(settings).items()
+        }
     if teacher_name is not None:
         teacher = loaded(
             "teacher_model_name_or_path",
@@ -240,19 +248,35 @@ def _announce(settings: Settings, rows: int, held_out: int) -> None:
 
 
 def _describe(trainer: SpecKDTrainer) -> None:
-    for model, name in ((trainer.model, "Student"), (trainer.teacher, "Teacher")):
+    for line in described(trainer):
+        logger.info("%s", line)
+
+
+def described(trainer: SpecKDTrainer) -> Iterator[str]:
+    """Models and teachers as they are loaded, a line each."""
+    several = [(model, f"Teacher {name}") for name, model in trainer.teachers.items()]
+    for model, name in ((trainer.model, "Student"), (trainer.teacher, "Teacher"), *several):
         if model is not None:
-            size = sum(p.numel() for p in model.parameters())
+            size = sum(parameter_size(p) for p in model.parameters())
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
             trained = f", {learning:,} of them trained" if 0 < learning < size else ""
-            logger.info("%s: %s parameters%s, %s, on %s.", name, f"{size:,}", trained, model.dtype, model.device)
+            kind = f"{model.dtype}, quantised" if getattr(model, "is_quantized", False) else model.dtype
+            yield f"{name}: {size:,} parameters{trained}, {kind}, on {model.device}."
+    for shards in trainer.shards:
+        yield f"Teacher: {shards} ({trainer.args.teacher_sharding})."
+    mixture = trainer.args.teacher_mixture
+    if mixture:
+        total = sum(mixture.values())
+        shares = ", ".join(f"{weight / total:.3g} {name}" for name, weight in mixture.items())
+        yield f"Teachers are mixed: each token's probabilities are the sum of {shares}."
     if trainer.args.teacher == "base":
-        logger.info("Teacher: the student's own base, its adapter switched off; no second copy of the weights.")
+        yield "Teacher: the student's own base, its adapter switched off; no second copy of the weights."
 
 
 def _teacher_name(settings: Settings) -> str | None:
-    base = settings.training.teacher == "base"
-    return settings.model.model_name_or_path if base else settings.training.teacher_model_name_or_path
+    if settings.training.teacher == "base":
+        return settings.model.model_name_or_path
+    return ", ".join(several_teachers(settings).values()) or settings.training.teacher_model_name_or_path
 
 
 def _student(settings: Settings) -> Any:

@@ -135,6 +135,9 @@ def _refuse_what_has_no_effect(training: SpecKDConfig, model: ModelConfig, merge
     adapter = [key for key in merged if key.startswith("lora_") or key in ("use_dora", "use_rslora")]
     if adapter and not model.use_peft and "use_peft" not in merged:
         raise ConfigError(f"{adapter[0]} is set, but the student gets no adapter", "Add use_peft: true, or remove it")
+    for key in ("teacher_route_column", "teacher_mixture"):
+        if getattr(training, key) is not None and training.teachers is None:
+            raise ConfigError(f"{key} is set, but there are no teachers to choose from", "Set teachers: {name: path, ...}")
     if training.teacher == "base" and not model.use_peft:
         raise ConfigError(
             "teacher: base needs a student with an adapter, whose base it is", "Add use_peft: true, or name another teacher"

@@ -6,7 +6,7 @@ gradient accumulation, on all processes.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl import SFTTrainer
 
-from speckd.arguments import SpecKDConfig
+from speckd.arguments import QUANTIZATION, SpecKDConfig, require_weights
 from speckd.collation import (
     EXAMPLE,
     SAMPLE,
+    TEACHER,
     DroppedRows,
     SampleCollator,
     Wanted,
@@ -28,12 +29,13 @@ from speckd.collation import (
     longest_row,
     mask_repeated,
     number_rows,
+    number_teachers,
     require_isolation,
     require_known_tokens,
     sequences_in,
     spread_sample_ids,
 )
-from speckd.compatibility import SharedVocabulary, shared_vocabulary
+from speckd.compatibility import SharedVocabulary, common_axis, shared_vocabulary
 from speckd.early_rejection import EarlyRejection
 from speckd.engine import LossOutput, distillation_loss
 from speckd.errors import (
@@ -55,6 +57,8 @@ from speckd.teachers import ScrambledTeacher
 from speckd.teachers.base import BaseSource
 from speckd.teachers.model import ModelSource, on_device
 from speckd.teachers.served import ServedSource
+from speckd.teachers.several import MixedSource, RoutedSource
+from speckd.teachers.sharding import ShardedModel, shard
 from speckd.teachers.shared_prompt import PromptSharing, may_pay, why_not_shared
 from speckd.teachers.source import PendingAnswer, Question, TeacherSource, require_answers
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
@@ -64,7 +68,7 @@ from speckd.types import Capabilities, TeacherRows
 logger = logging.getLogger(__name__)
 
 #: What belongs to the loss and not to a model's forward.
-_NOT_FOR_THE_MODEL = {"labels", SAMPLE, EXAMPLE}
+_NOT_FOR_THE_MODEL = {"labels", SAMPLE, EXAMPLE, TEACHER}
 
 
 def load_teacher(name: str, args: SpecKDConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -73,10 +77,17 @@ def load_teacher(name: str, args: SpecKDConfig, dtype: torch.dtype) -> PreTraine
 
 
 def teacher_options(args: SpecKDConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """For `from_pretrained`: bfloat16 with `bf16`, else `dtype`, unless `teacher_model_init_kwargs` says otherwise."""
-    defaults = {"dtype": torch.bfloat16 if args.bf16 else dtype, "trust_remote_code": args.trust_remote_code}
-    given = args.teacher_model_init_kwargs or {}
-    return {**defaults, "revision": args.teacher_model_revision or "main", **given}  # type: ignore[dict-item]
+    """For `from_pretrained`: bfloat16 with `bf16`, else `dtype`, unless `teacher_model_init_kwargs` says otherwise.
+
+    A teacher that is to be quantised is put on its device at once, for it cannot be moved later.
+    """
+    found: dict[str, Any] = {"dtype": torch.bfloat16 if args.bf16 else dtype, "trust_remote_code": args.trust_remote_code}
+    quantised = args.teacher_quantization
+    if quantised is not None:
+        found |= {"device_map": {"": args.teacher_device or str(args.device)}, "quantization_config": quantised}
+    given: Any = args.teacher_model_init_kwargs or {}
+    given = {key: value for key, value in given.items() if key not in QUANTIZATION}
+    return {**found, "revision": args.teacher_model_revision or "main", **given}
 
 
 def load_teacher_tokenizer(name: str, args: SpecKDConfig) -> Any:
@@ -90,6 +101,7 @@ class SpecKDTrainer(SFTTrainer):
     Args:
         model: the student, a model or a path or hub id.
         teacher_model: the teacher, likewise; may be None where the objective needs none (SFT), and then serves evaluation only.
+            Several, by name, share the work as `args.teacher_route_column` or `args.teacher_mixture` says.
         args: `SpecKDConfig`.
         train_dataset, eval_dataset: in TRL's shapes (prompt and completion, messages, text) or tokenised.
         processing_class: the student's tokenizer.
@@ -110,7 +122,7 @@ class SpecKDTrainer(SFTTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: str | PreTrainedModel | Mapping[str, str | PreTrainedModel] | None = None,
         args: SpecKDConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -131,6 +143,8 @@ class SpecKDTrainer(SFTTrainer):
             raise ConfigError("no teacher is given", "Set teacher_model_name_or_path, or label_loss_weight: 1 for SFT")
         if teacher_model is not None and teacher_source is not None:
             raise ConfigError("both teacher_model and teacher_source are given", "Pass one of them")
+        self._teacher_names = list(teacher_model) if isinstance(teacher_model, Mapping) else []
+        _require_shares(args, self._teacher_names)
         self.dropped_rows: dict[str, DroppedRows] = {}
         self.longest_row: dict[str, int] = {}  # tokens
         self.warnings: list[str] = []  # what went wrong in training, for the card
@@ -163,25 +177,22 @@ class SpecKDTrainer(SFTTrainer):
             logger.warning("The student is a mixture of experts: its router's auxiliary loss is not part of the objective.")
         width = self.student.get_output_embeddings().weight.shape[0]
         self.teacher: Any = None  # the model, where it is one in this process
-        self.source = teacher_source
-        if teacher_model is not None:
-            self._load_teacher(teacher_model)
-            self.source = ModelSource(
-                self.teacher, self._vocabulary_with(teacher_processing_class, width), self.accelerator.device
-            )
-        elif args.teacher == "base":
-            self.source = self._base_source(width)
+        self.teachers: dict[str, Any] = {}  # where there are several
+        self.shards: list[ShardedModel] = []  # of the teachers, where they are cut over processes
+        self.model_sources: list[ModelSource] = []  # of teachers with weights of their own in this process
+        self.source = teacher_source or self._source_of(teacher_model, teacher_processing_class, width)
         self.vocabulary = SharedVocabulary(width) if self.source is None else self.source.vocabulary
         # Of SFT the teacher is but a measure.
         self._training_vocabulary = self.vocabulary if self.objective.needs_teacher else SharedVocabulary(width)
         if self.source is not None:
             self._check_capabilities(self.source)
         # How the loss is computed, whatever it is: tokens at once, and whether rejections are proved early.
-        self._how = args.chunk_size(self._training_vocabulary.size), EarlyRejection() if args.early_rejection else None
+        early = EarlyRejection() if args.early_rejection and not args.teacher_mixture else None  # few logits prove no mixture
+        self._how = args.chunk_size(self._training_vocabulary.size), early
         self._check_models()
         self._check_data()
-        if isinstance(self.source, ModelSource):
-            self.source.sharing = self._prompt_sharing(self.source)
+        for source in self.model_sources:
+            source.sharing = self._prompt_sharing(source)
         self._tally, self._watch = AcceptanceTally(), StarvationWatch(args.starvation_threshold, args.starvation_patience)
         self._logged_step: int | None = None
         self._step_sums = torch.zeros(2, dtype=torch.float64)  # of one optimizer step: loss, weight
@@ -197,11 +208,35 @@ class SpecKDTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
-    def _load_teacher(self, teacher: str | PreTrainedModel) -> None:
-        self.teacher = load_teacher(teacher, self.args, self.student.dtype) if isinstance(teacher, str) else teacher
-        if not getattr(self.teacher, "hf_device_map", None):  # unless its layers were placed by hand
-            self.teacher.to(self.args.teacher_device or self.accelerator.device)
-        self.teacher.eval().requires_grad_(False)
+    def _source_of(self, teacher: Any, tokenizer: Any, width: int) -> TeacherSource | None:
+        """The teacher in this process, if there is one. `width`: rows of the student's head."""
+        if isinstance(teacher, Mapping):
+            self.teachers = {name: self._loaded_teacher(model) for name, model in teacher.items()}
+            return self._source_of_several(width)
+        if teacher is None:
+            return self._base_source(width) if self.args.teacher == "base" else None
+        self.teacher = self._loaded_teacher(teacher)
+        source = ModelSource(self.teacher, self._vocabulary_with(self.teacher, tokenizer, width), self.accelerator.device)
+        self.model_sources = [source]
+        return source
+
+    def _loaded_teacher(self, teacher: Any) -> Any:
+        """By path or hub id, or given; on its device, frozen."""
+        model = load_teacher(teacher, self.args, self.student.dtype) if isinstance(teacher, str) else teacher
+        model.eval().requires_grad_(False)
+        if self.args.teacher_sharding != "none":
+            self.shards.append(shard(model, self.args.teacher_sharding, self.accelerator.device))
+        elif not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):  # those stay in place
+            model.to(self.args.teacher_device or self.accelerator.device)
+        return model
+
+    def _source_of_several(self, width: int) -> TeacherSource:
+        axes = common_axis([self._vocabulary_with(model, None, width) for model in self.teachers.values()])
+        device, mixture = self.accelerator.device, self.args.teacher_mixture
+        self.model_sources = [ModelSource(*each, device) for each in zip(self.teachers.values(), axes, strict=True)]
+        if mixture is None:
+            return RoutedSource(self.model_sources)
+        return MixedSource(self.model_sources, [mixture[name] for name in self.teachers])
 
     def _base_source(self, width: int) -> BaseSource:
         own = self.processing_class
@@ -214,13 +249,13 @@ class SpecKDTrainer(SFTTrainer):
             )
         return source
 
-    def _vocabulary_with(self, tokenizer: Any, width: int) -> SharedVocabulary:
+    def _vocabulary_with(self, teacher: Any, tokenizer: Any, width: int) -> SharedVocabulary:
         """What the teacher's model and its tokenizer (by default, the one saved with it) share with the student."""
         if tokenizer is None:
-            if not self.teacher.name_or_path:
+            if not teacher.name_or_path:
                 raise ConfigError("the teacher has no tokenizer to compare with the student's", "Pass teacher_processing_class")
-            tokenizer = load_teacher_tokenizer(self.teacher.name_or_path, self.args)
-        theirs = self.teacher.get_output_embeddings().weight.shape[0]
+            tokenizer = load_teacher_tokenizer(teacher.name_or_path, self.args)
+        theirs = teacher.get_output_embeddings().weight.shape[0]
         return shared_vocabulary(self.processing_class, tokenizer, width, theirs)
 
     def _check_capabilities(self, source: TeacherSource) -> None:
@@ -235,21 +270,23 @@ class SpecKDTrainer(SFTTrainer):
         """How the teacher computes a start that several rows share once; None where that cannot be, said if it was wanted."""
         rows = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
         longest = max(self.longest_row.values(), default=0)
-        if not self.args.share_teacher_prompt or self.padding_free or not may_pay(rows, longest):
+        wanted = self.args.share_teacher_prompt and not self.shards  # processes would ask the pieces unequally often
+        if not wanted or self.padding_free or not may_pay(rows, longest):
             return None
-        decoder = self.teacher.get_decoder()
+        decoder = source.model.get_decoder()
         reason = why_not_shared(decoder, longest, source.device)
         if reason is None:
             return PromptSharing(decoder, longest)
         logger.warning(
             "share_teacher_prompt: the teacher (%s) computes every row's prompt anew: %s. Set it to false to skip the test.",
-            type(self.teacher).__name__,
+            type(source.model).__name__,
             reason,
         )
         return None
 
     def _check_models(self) -> None:
-        for model, name in ((self.student, "student"), (self.teacher, "teacher")):
+        several = [(model, f"teacher {name}") for name, model in self.teachers.items()]
+        for model, name in ((self.student, "student"), (self.teacher, "teacher"), *several):
             if model is not None:
                 self._check_positions(model, name)
                 check_head(model, name)
@@ -276,26 +313,27 @@ class SpecKDTrainer(SFTTrainer):
         for name, dataset in held_out.items():
             if dataset is not None:
                 require_known_tokens(dataset, self.vocabulary, name)
-        if self.teacher is None or not self.objective.needs_teacher or not self.vocabulary.teacher_only:
-            return
-        dropped = self.mass(self.teacher, torch.tensor(self.vocabulary.teacher_only))
-        if dropped > self.args.max_dropped_mass:
-            raise VocabularyError(
-                f"the teacher puts {dropped:.2%} of its probability on tokens that the student does not have",
-                f"Use models with the same tokens, or accept it: max_dropped_mass above {dropped:.2g}",
-            )
+        for source in self.model_sources if self.objective.needs_teacher else ():
+            if not source.vocabulary.teacher_only:
+                continue
+            dropped = self.mass(source.model, torch.tensor(source.vocabulary.teacher_only), source.device)
+            if dropped > self.args.max_dropped_mass:
+                who = ("the teacher", "the student does")
+                if self.teachers:
+                    who = (f"the teacher {source.model.name_or_path}", "the student or another teacher does")
+                raise VocabularyError(
+                    f"{who[0]} puts {dropped:.2%} of its probability on tokens that {who[1]} not have",
+                    f"Use models with the same tokens, or accept it: max_dropped_mass above {dropped:.2g}",
+                )
 
     @torch.no_grad()
-    def mass(self, model: Any, token_ids: Tensor) -> float:
-        """Mean probability that student or teacher gives to some tokens, [n] int64, at the first rows of the training data."""
+    def mass(self, model: Any, token_ids: Tensor, device: torch.device | None = None) -> float:
+        """Mean probability that student or teacher (on its device) gives to some tokens, [n] int64, in the first rows."""
         chosen = [self.train_dataset[i] for i in range(min(4, len(self.train_dataset)))]
         inputs = self._prepare_inputs(self.data_collator(chosen))
         training = model.training
         model.eval()
-        device = self.accelerator.device
-        if model is self.teacher and isinstance(self.source, ModelSource):
-            device = self.source.device
-        own = on_device(_model_inputs(inputs), device)
+        own = on_device(_model_inputs(inputs), device or self.accelerator.device)
         hidden = model.get_decoder()(**own, use_cache=False).last_hidden_state.flatten(0, 1)
         model.train(training)
         some = supervised_rows(as_token_batch(inputs, inputs["labels"])).index[:64]
@@ -307,7 +345,9 @@ class SpecKDTrainer(SFTTrainer):
     ) -> Dataset:
         if isinstance(dataset, IterableDataset):
             raise DataError(f"the {dataset_name} data is a stream", "Load it without streaming: rows are counted and numbered")
-        total = len(dataset)
+        total, column = len(dataset), args.teacher_route_column
+        if column is not None:
+            dataset = number_teachers(dataset, column, self._teacher_names, f"the {dataset_name} data")
         try:
             prepared = super()._prepare_dataset(
                 number_rows(dataset), processing_class, args, False, formatting_func, dataset_name
@@ -324,7 +364,7 @@ class SpecKDTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if SAMPLE not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, SAMPLE]
+            self._signature_columns = [*self._signature_columns, SAMPLE, TEACHER]
 
     def sequences(self) -> list[Wanted]:
         """What a teacher will be asked about, in training and in evaluation, each sequence once."""
@@ -371,18 +411,17 @@ class SpecKDTrainer(SFTTrainer):
         with span(DATA):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._mask_repeated_rows(batches)
-            lost = self._settle(batches)
+            lost = self._settle([self._question(b, self._rows(b)) for b in batches] if self.objective.needs_teacher else [])
             count = torch.tensor([sum(len(self._rows(batch)) for batch in batches), lost is not None], device=device)
             count, losers = self.accelerator.reduce(count, "sum").unbind()
             self._stop_where_lost(lost, int(losers))
             return batches, count
 
-    def _settle(self, batches: list[dict[str, Any]]) -> SpeckdError | None:
-        """Waits for the teacher before the step; what it raised, for all processes must hear of it."""
-        if self.source is None or not self.objective.needs_teacher:
-            return None
+    def _settle(self, questions: list[Question]) -> SpeckdError | None:
+        """Waits for the teacher before a step; what it raised, for all processes must hear of it."""
         try:
-            self.source.settle([self._question(batch, self._rows(batch)) for batch in batches])
+            if self.source is not None:
+                self.source.settle(questions)
         except SpeckdError as error:
             return error
         return None
@@ -443,7 +482,7 @@ class SpecKDTrainer(SFTTrainer):
         return seen["output"]
 
     def _question(self, inputs: dict[str, Any], rows: SupervisedRows) -> Question:
-        return Question(_model_inputs(inputs), as_token_batch(inputs, inputs["labels"]), rows)
+        return Question(_model_inputs(inputs), as_token_batch(inputs, inputs["labels"]), rows, inputs.get(TEACHER))
 
     def _ask(self, inputs: dict[str, Any], rows: SupervisedRows) -> PendingAnswer | None:
         return None if self.source is None else self.source.launch(self._question(inputs, rows))
@@ -580,15 +619,10 @@ class SpecKDTrainer(SFTTrainer):
         return HeldOutSums.of(gathered[:-2]), gathered[-2:]
 
     def _settle_held_out(self, inputs: dict[str, Any]) -> None:
-        if not isinstance(self.source, ServedSource):
-            return
-        lost = None
-        try:
-            self.source.settle([self._question(inputs, self._rows(inputs, self.vocabulary))])
-        except SpeckdError as error:
-            lost = error
-        losers = self.accelerator.reduce(torch.tensor(int(lost is not None), device=self.accelerator.device), "sum")
-        self._stop_where_lost(lost, int(losers))
+        if isinstance(self.source, ServedSource):  # no other can be lost
+            lost = self._settle([self._question(inputs, self._rows(inputs, self.vocabulary))])
+            losers = self.accelerator.reduce(torch.tensor(int(lost is not None), device=self.accelerator.device), "sum")
+            self._stop_where_lost(lost, int(losers))
 
     def _measure_batch(self, sums: HeldOutSums, inputs: dict[str, Any]) -> Tensor:
         held_out = self._rows(inputs, self.vocabulary)
@@ -604,6 +638,17 @@ class SpecKDTrainer(SFTTrainer):
             rows = self._rows(inputs, axis)
             output = distillation_loss(self.objective, hidden, axis.restrict(head), needed, rows, *self._how)
         return torch.stack([output.sum, output.count]).double().cpu()
+
+
+def _require_shares(args: SpecKDConfig, names: list[str]) -> None:
+    """Refuses several teachers of whom nobody says who teaches what, and the saying so without them."""
+    given = [key for key in ("teacher_route_column", "teacher_mixture") if getattr(args, key) is not None]
+    if names and not given:
+        raise ConfigError("there are several teachers", "Set teacher_route_column, or teacher_mixture")
+    if given and not names:
+        raise ConfigError(f"{given[0]} is set, but there are no teachers by name", "Pass a mapping as teacher_model")
+    if names and args.teacher_mixture is not None:
+        require_weights(names, args.teacher_mixture)
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -165,6 +165,30 @@ def without_teacher(place: Place, *more: str) -> Flags:
     return [*common_flags(place.student, None, place.data, place.output), "--max_steps", "2", *more]
 
 
+def teachers(**paths: Path) -> Flags:
+    return ["--teachers", json.dumps({name: str(path) for name, path in paths.items()})]
+
+
+def one_of_another_tokenizer(place: Place) -> Flags:
+    other_tokenizer(place, swap("cat", "dog"))
+    return [*without_teacher(place), *teachers(a=place.teacher), *mixture(a=1)]
+
+
+def mixture(**weights: float) -> Flags:
+    return ["--teacher_mixture", json.dumps(weights)]
+
+
+def routed_rows(place: Place, name: str, *whose: str | None) -> Path:
+    rows = task_rows(len(whose))
+    return write_rows(place.folder / name, [{**row, "who": who} for row, who in zip(rows, whose, strict=True)])
+
+
+def routes(place: Place, *whose: str | None) -> Flags:
+    """Rows of the data with their teachers' names."""
+    routed_rows(place, "data.jsonl", *whose)
+    return ["--teacher_route_column", "who"]
+
+
 def cut_short(place: Place, which: str) -> Flags:
     path = place.folder / which / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -331,6 +355,87 @@ CASES: dict[str, tuple[Callable[[Place], Flags], list[str]]] = {
     "base and another teacher": (
         lambda p: p.flags("--teacher", "base", "--use_peft", "true"),
         ["teacher_model_name_or_path is set, but with teacher: base", "Remove teacher_model_name_or_path"],
+    ),
+    "several teachers and nobody to say whose": (
+        lambda p: [*without_teacher(p), *teachers(a=p.teacher)],
+        ["teachers is set, but nothing says who teaches what", "teacher_route_column, or teacher_mixture"],
+    ),
+    "several teachers and one": (
+        lambda p: p.flags(*teachers(a=p.teacher), "--teacher_route_column", "who"),
+        ["teacher_model_name_or_path and teachers are both set"],
+    ),
+    "several teachers and the base": (
+        lambda p: [*without_teacher(p), *teachers(a=p.teacher), "--teacher", "base", "--use_peft", "true"],
+        ["teachers is set, but with teacher: base"],
+    ),
+    "routed and mixed": (
+        lambda p: [*without_teacher(p), *teachers(a=p.teacher), "--teacher_route_column", "who", *mixture(a=1)],
+        ["both say who teaches what"],
+    ),
+    "a route without teachers": (
+        lambda p: p.flags("--teacher_route_column", "who"),
+        ["teacher_route_column is set, but there are no teachers"],
+    ),
+    "a mixture without teachers": (lambda p: p.flags(*mixture(a=1)), ["teacher_mixture is set, but there are no teachers"]),
+    "weight of nobody": (
+        lambda p: [*without_teacher(p), *teachers(maths=p.teacher), *mixture(math=1)],
+        ["teacher_mixture: 'math' is not among the teachers", "Did you mean 'maths'?"],
+    ),
+    "teacher without a weight": (
+        lambda p: [*without_teacher(p), *teachers(a=p.teacher, b=p.teacher), *mixture(a=1)],
+        ["teacher_mixture: b has no weight"],
+    ),
+    "weight of nothing": (
+        lambda p: [*without_teacher(p), *teachers(a=p.teacher, b=p.teacher), *mixture(a=1, b=0)],
+        ["the weight of b is 0", "above 0"],
+    ),
+    "teachers that are a list": (
+        lambda p: [*without_teacher(p), "--teachers", "[1]", "--teacher_route_column", "who"],
+        ["teachers", "Give a mapping"],
+    ),
+    "one of several that is not there": (
+        lambda p: [*without_teacher(p), *teachers(a=p.teacher, b=p.folder / "teachr"), *mixture(a=1, b=1)],
+        ["teachers: b: there is no folder", "Did you mean"],
+    ),
+    "one of several with another tokenizer": (
+        one_of_another_tokenizer,
+        ["2 tokens have different ids"],
+    ),
+    "no column of routes": (
+        lambda p: [*without_teacher(p), *teachers(a=p.teacher), "--teacher_route_column", "who"],
+        ["data.jsonl: there is no column 'who' (teacher_route_column)", "There is: prompt, completion"],
+    ),
+    "row of an unknown teacher": (
+        lambda p: [*without_teacher(p), *teachers(a=p.teacher, b=p.teacher), *routes(p, "a", "b", "c", "a", "b", "a")],
+        ["data.jsonl: row 3: who is 'c', which is no teacher", "Give one of a, b"],
+    ),
+    "held-out row of no teacher": (
+        lambda p: [
+            *without_teacher(p, "--eval_dataset", str(routed_rows(p, "dev.jsonl", "a", None))),
+            *teachers(a=p.teacher),
+            *routes(p, *"aaaaaa"),
+        ],
+        ["dev.jsonl: row 2: who is 'None', which is no teacher"],
+    ),
+    "unknown sharding": (
+        lambda p: p.flags("--teacher_sharding", "fsdp"),
+        ["teacher_sharding: 'fsdp' is unknown", "Did you mean 'fsdp2'?"],
+    ),
+    "a piece for one process": (
+        lambda p: p.flags("--teacher_sharding", "fsdp2"),
+        ["teacher_sharding: fsdp2 cuts the teacher over processes, and there is one", "torchrun"],
+    ),
+    "pieces on a device": (
+        lambda p: p.flags("--teacher_sharding", "fsdp2", "--teacher_device", "cpu"),
+        ["teacher_sharding and teacher_device", "Remove one"],
+    ),
+    "pieces of routed teachers": (
+        lambda p: [*without_teacher(p), *teachers(a=p.teacher), *routes(p, *"aaaaaa"), "--teacher_sharding", "fsdp2"],
+        ["not every process asks every teacher"],
+    ),
+    "pieces of the base": (
+        lambda p: [*without_teacher(p), "--teacher", "base", "--use_peft", "true", "--teacher_sharding", "fsdp2"],
+        ["teacher_sharding is set, but teacher is 'base'"],
     ),
     "teacher placed twice": (
         lambda p: p.flags("--teacher_device", "cpu", "--teacher_model_init_kwargs", '{"device_map": "cpu"}'),

@@ -31,6 +31,10 @@ def test_names_are_frozen() -> None:
     assert own == set(
         "gate gate_options rejected rejected_options divergence divergence_options divergence_temperature normalizer "
         "label_loss_weight teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs "
+        "teacher teachers teacher_route_column teacher_mixture teacher_sharding "
+        "teacher_top_k teacher_cache_dir teacher_cache_kind teacher_cache_samples teacher_cache_bits teacher_cache_compression "
+        "teacher_server_urls teacher_server_api teacher_server_model teacher_server_concurrency teacher_server_tokens "
+        "teacher_server_timeout_s teacher_server_patience_s teacher_prefetch "
         "teacher_device share_teacher_prompt early_rejection loss_memory_budget "
         "scrambled_teacher_fraction max_dropped_mass loss_chunk_size gate_seed starvation_threshold starvation_patience".split()
     )

@@ -15,13 +15,11 @@ from tests.teachers import faulty_server as f
 from tests.teachers.faulty_server import Fault, FaultyServer
 from tests.teachers.toy import VOCABULARY, Toy, same, tokenized
 
-SEEDS = int(os.environ.get("SPECKD_SERVER_SEEDS", "5"))
+SEEDS = int(os.environ.get("SPECKD_SERVER_SEEDS", "2"))
 TOP_K = 4
 BATCHES, QUESTIONS = 20, 2
-TIMES = Timeouts(
-    connect_s=0.5, read_s=0.15, request_s=0.4, ready_s=2.0, patience_s=0.8, backoff_s=0.005, longest_backoff_s=0.05
-)
-LOAD = Load(concurrency=4, tokens=60, attempts=6)
+TIMES = Timeouts(connect_s=0.5, read_s=0.3, request_s=0.8, ready_s=5.0, patience_s=2.0, backoff_s=0.005, longest_backoff_s=0.05)
+LOAD = Load(concurrency=4, tokens=60, attempts=8)
 TEXTS = [("a canary sings", tokenized("a canary sings")), ("x", tokenized("x"))]
 
 

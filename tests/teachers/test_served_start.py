@@ -19,7 +19,9 @@ from tests.teachers.faulty_server import FaultyServer
 from tests.teachers.toy import VOCABULARY, Toy, same, tokenized
 
 QUICK = Timeouts(connect_s=0.3, read_s=0.3, request_s=0.5, ready_s=0.5, patience_s=0.5, backoff_s=0.01, longest_backoff_s=0.1)
+PATIENT = Timeouts(backoff_s=0.005, longest_backoff_s=0.02)
 CLIENTS = 64
+TOY = Toy()
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def pool_of(*urls: str, top_k: int | None = 4, **changed) -> ServerPool:
     return ServerPool(urls, settings.pop("dialect", VLLM()), top_k=top_k, **settings)
 
 
-def all_right(pool: ServerPool, top_k: int | None, toy: Toy = Toy(), count: int = 12) -> bool:
+def all_right(pool: ServerPool, top_k: int | None, toy: Toy = TOY, count: int = 12) -> bool:
     asked = questions(3, count)
     answers = pool.gather([pool.ask(torch.tensor(tokens), torch.tensor(places)) for tokens, places in asked])
     return all(same(answer, toy.answer(*question, top_k)) for answer, question in zip(answers, asked, strict=True))
@@ -85,7 +87,7 @@ def test_requests_hold_no_more_tokens_than_allowed(enter) -> None:
 def test_a_load_of_many_clients(enter) -> None:
     """64 × 50 requests: each answer is the solo one, none is lost."""
     server = enter(FaultyServer())
-    pool = enter(pool_of(server.url, timeouts=Timeouts(ready_s=5), load=Load(concurrency=8, tokens=400)))
+    pool = enter(pool_of(server.url, timeouts=PATIENT, load=Load(concurrency=8, tokens=400)))
     pool.probe(longest=24)
     wrong: list[int] = []
 
@@ -113,17 +115,17 @@ def test_readiness_is_awaited(enter) -> None:
 
 
 REFUSALS = {
-    "not there": (dict(), dict(), TeacherLostError, "not ready after 0.5 s", "Start it"),
-    "the server's cap": (dict(cap=3), dict(), CapabilityError, "fewer than 4 log-probabilities", "--max-logprobs 4,"),
-    "too short": (dict(longest=24), dict(), CapabilityError, "takes 23 tokens, and the longest", "--max-model-len 25,"),
-    "another model": (dict(), dict(model="other"), ConfigError, "offers toy; wanted: other", "Name one of these"),
-    "another tokenizer": (dict(tokenize=lambda text: [1]), dict(), VocabularyError, "wrong tokenizer: 'a canary", "Serve a"),
-    "raw logits": (dict(fault=f.raw_logits, share=1), dict(), CapabilityError, "--logprobs-mode raw_logprobs", "newer"),
-    "low logits": (dict(fault=f.low_logits, share=1), dict(), CapabilityError, "--logprobs-mode raw_logprobs", "newer"),
-    "no echo": (dict(repeats=False), dict(), CapabilityError, "mixed up unseen", "vLLM 0.10.2"),
-    "a web page": (dict(fault=f.html, share=1), dict(), CapabilityError, "it is no JSON: b'<html>", "Check the address"),
-    "no key": (dict(fault=f.status(401), share=1), dict(), ConfigError, "HTTP 401: a 401 of this server", KEY_VARIABLE),
-    "a moody one": (dict(fault=f.other_model, share=1, start=2), dict(), CapabilityError, "gives one question two", "prefix"),
+    "not there": ({}, {}, TeacherLostError, "not ready after 0.5 s", "Start it"),
+    "the server's cap": ({"cap": 3}, {}, CapabilityError, "fewer than 4 log-probabilities", "--max-logprobs 4,"),
+    "too short": ({"longest": 24}, {}, CapabilityError, "takes 23 tokens, and the longest", "--max-model-len 25,"),
+    "another model": ({}, {"model": "other"}, ConfigError, "offers toy; wanted: other", "Name one of these"),
+    "another tokenizer": ({"tokenize": lambda text: [1]}, {}, VocabularyError, "wrong tokenizer: 'a canary", "Serve a"),
+    "raw logits": ({"fault": f.raw_logits, "share": 1}, {}, CapabilityError, "--logprobs-mode raw_logprobs", "newer"),
+    "low logits": ({"fault": f.low_logits, "share": 1}, {}, CapabilityError, "--logprobs-mode raw_logprobs", "newer"),
+    "no echo": ({"repeats": False}, {}, CapabilityError, "mixed up unseen", "vLLM 0.10.2"),
+    "a web page": ({"fault": f.html, "share": 1}, {}, CapabilityError, "it is no JSON: b'<html>", "Check the address"),
+    "no key": ({"fault": f.status(401), "share": 1}, {}, ConfigError, "HTTP 401: a 401 of this server", KEY_VARIABLE),
+    "a moody one": ({"fault": f.other_model, "share": 1, "start": 2}, {}, CapabilityError, "gives one question two", "prefix"),
 }  # fmt: skip
 
 
@@ -219,7 +221,7 @@ def test_addresses() -> None:
         lambda: Timeouts(read_s=0),
         lambda: Timeouts(patience_s=float("inf")),
         lambda: Load(concurrency=0),
-        lambda: pool_of(),
+        pool_of,
         lambda: pool_of("http://a", "http://a/v1"),
         lambda: pool_of("http://a", top_k=0),
     ],
@@ -276,7 +278,7 @@ def test_a_lost_teacher_may_come_back(enter) -> None:
     pool = enter(pool_of(server.url))
     pool.probe(longest=24)
     asyncio.run_coroutine_threadsafe(server.die(back_after_s=1.0), server._loop).result()
-    with pytest.raises(TeacherLostError, match=f"for 0.5 s .*{server.url}: no connection"):
+    with pytest.raises(TeacherLostError, match=f"for 0.5 s .*{server.url}: request speckd-.*: no connection"):
         pool.gather([pool.ask(torch.arange(8), torch.tensor([2]))])
     for _ in range(100):
         try:
@@ -304,7 +306,7 @@ def test_sglang_answers_that_are_not_the_asked_for_ones(enter, top_k: int | None
 
     for fault in (disorder, other_names, short):
         server = enter(FaultyServer(fault=fault, share=0.3, start=3))
-        pool = enter(pool_of(server.url, dialect=SGLang(), timeouts=TIMES, top_k=top_k))
+        pool = enter(pool_of(server.url, dialect=SGLang(), timeouts=PATIENT, top_k=top_k))
         pool.probe(longest=24, texts=TEXTS)
         assert all_right(pool, top_k, count=60)
         assert pool.counters.invalid == server.struck > 0

@@ -5,13 +5,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from speckd.errors import StoreError
 from speckd.teachers.files import FileLock, partial
 from speckd.teachers.layout import Kind, Layout
-from speckd.teachers.record import decode, encode
+from speckd.teachers.record import decode, encode, sequence_key
 from speckd.teachers.store import Store, StoreWriter
 from tests.teachers.faults import refusal
 from tests.teachers.made import PROVENANCE, capture, contents, entries, keys, layouts, planned, same, stored
@@ -41,6 +42,16 @@ def test_every_sequence_is_found_and_no_other(tmp_path, layout) -> None:
     missing = torch.tensor([p for p in range(39) if p not in answer.positions.tolist()][:1])
     with pytest.raises(StoreError, match="shard-00001.*not at all the positions that are trained on"):
         store.answer(token_ids, missing)
+
+
+def test_keys_that_begin_alike_are_told_apart(tmp_path) -> None:
+    """As if the first eight bytes of all were the same: sooner or later two are."""
+    made = entries(LAYOUT, [5, 9, 30])
+    store = stored(tmp_path, LAYOUT, made, shards=2)
+    for token_ids, answer in made:
+        alike = replace(store, prefixes=np.repeat(np.frombuffer(sequence_key(token_ids)[:8], dtype="<u8"), 3))
+        assert torch.equal(alike.answer(token_ids).label_log_probs, answer.label_log_probs)
+        assert sum(other in alike for other, _ in made) == 1
 
 
 def test_an_empty_capture_is_a_store(tmp_path) -> None:

@@ -8,11 +8,11 @@ import torch
 
 from speckd.errors import StoreError
 from speckd.teachers.layout import Compression, Kind, Layout
-from speckd.teachers.store import Store
+from speckd.teachers.store import Store, StoreWriter
 from tests.teachers.faults import DamagedFiles, refusal
-from tests.teachers.made import FAULTS, STRIDE, Entry, contents, entries, same, stored
+from tests.teachers.made import FAULTS, PROVENANCE, STRIDE, Entry, contents, entries, keys, same, stored
 
-SHARD, FOOTER = "shard-00000.answers", 144
+SHARD, FOOTER = "shard-00000.answers", 136
 
 
 class Kept:
@@ -56,6 +56,24 @@ def test_every_bit_of_a_small_shard_counts(small) -> None:
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         assert small.named(SHARD, bytes(changed)), f"bit {bit}"
+
+
+def test_every_bit_of_a_shard_counts_when_a_capture_is_resumed(small) -> None:
+    """There is no manifest yet that could tell: a shard vouches for itself."""
+    data, layout = small.contents[SHARD], Store.open(small.folder).layout
+
+    def named(changed: bytes) -> bool:
+        files = DamagedFiles(small.contents | {SHARD: changed})
+        writer = StoreWriter.open(small.folder, layout, PROVENANCE, keys([small.made]), files)
+        error = refusal(writer.missing)
+        return error is not None and SHARD in error.what
+
+    for bit in range(0, 8 * len(data), STRIDE):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        assert named(bytes(changed)), f"bit {bit}"
+    for place in (0, 64, len(data) // 2, len(data) - FOOTER, len(data)):
+        assert named(data[:place] + b"\0" + data[place:])
 
 
 def test_every_length_but_its_own_is_found(small) -> None:

@@ -1,7 +1,11 @@
 """`speckd cache` and `teacher: cache`: a run from the cache is the run with the teacher in process."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 
 from speckd.cli import main
 from speckd.teachers.store import Store
+from tests.repository.files import ROOT
 from tests.tiny import common_flags, log_of, run_cli, task_rows, write_model, write_rows
 from tests.trainer.conftest import World
 
@@ -169,3 +174,34 @@ def test_a_disk_too_small_is_said_before_the_first_forward(
     flags = flags_of(world, tmp_path / "unused", "--teacher_cache_dir", str(tmp_path / "cache"))
     assert main(["cache", *flags]) == 2
     assert "the cache takes about" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "cache").exists()
+
+
+def apart(*arguments: str, killed_after: int = -1, processes: int = 1) -> int:
+    """The exit code of `speckd cache` in processes of its own, in shards of 60 answers."""
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, "tests.trainer.capture_apart", str(killed_after), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, cwd=ROOT, env=environment, timeout=200).returncode
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_or_shared_by_processes_a_capture_ends_with_the_same_bytes(world: World, tmp_path: Path) -> None:
+    def capture(folder: Path, **how: int) -> int:
+        return apart(*flags_of(world, tmp_path / "unused", "--teacher_cache_dir", str(folder)), **how)
+
+    assert capture(tmp_path / "whole") == 0
+    wanted = contents(tmp_path / "whole")
+    assert len([name for name in wanted if "shard" in name]) >= 4
+    for kills in (0, 2):
+        assert capture(tmp_path / "killed", killed_after=kills) == -signal.SIGKILL
+        assert "manifest.json" not in contents(tmp_path / "killed")
+    assert (
+        run_cli(flags_of(world, tmp_path / "out", "--teacher", "cache", "--teacher_cache_dir", str(tmp_path / "killed"))) == 2
+    )
+    assert capture(tmp_path / "killed") == 0 and contents(tmp_path / "killed") == wanted
+    assert capture(tmp_path / "shared", processes=2) == 0 and contents(tmp_path / "shared") == wanted

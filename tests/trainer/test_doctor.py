@@ -527,6 +527,32 @@ def test_sft_and_a_student_that_is_its_own_teacher(sound: Sound, place: Path, ca
     assert found.code == 0 and "the student starts as its teacher" in str(found.of(Level.WARNING, About.LOADED))
 
 
+def test_several_teachers(sound: Sound, place: Path, capsys) -> None:
+    twin = shutil.copytree(sound.teacher, place / "twin")
+    rows = [row | {"who": "one" if i % 2 else "two"} for i, row in enumerate(task_rows(12))]
+    routed = write_rows(place / "routed.jsonl", rows)
+    named = ["--teachers", json.dumps({"one": str(sound.teacher), "two": str(twin)})]
+    alone = told(capsys, sound.flags(place / "out", eval_dataset=None, dataset_name=routed))
+    for how in (["--teacher_route_column", "who"], ["--teacher_mixture", '{"one": 1, "two": 3}']):
+        run = {"teacher_model_name_or_path": None, "eval_dataset": None, "dataset_name": routed}
+        found = told(capsys, sound.flags(place / "out", *named, *how, **run))
+        assert found.code == 0 and found.abouts == EVERY_GROUP and not found.of(Level.WARNING), found.lines
+        assert "student and teacher two cut text alike" in str(found.of(Level.OK, About.MODELS))
+        # Twins say what the one says, mixed or each of its own rows.
+        starts = [one.of(Level.OK, About.START)[-1:] for one in (found, alone)]
+        names = "tokens: TAR", "divergence"
+        assert numbers(starts[0], *names) == pytest.approx(numbers(starts[1], *names), abs=2e-4)
+        assert found.sample is not None and alone.sample is not None
+        for token, same in zip(found.sample["tokens"], alone.sample["tokens"], strict=True):
+            assert token["teacher"] == pytest.approx(same["teacher"], abs=1e-4)
+    (twin / "tokenizer.json").unlink()
+    words = dict(build_tokenizer().get_vocab())
+    words["cat"], words["dog"] = words["dog"], words["cat"]
+    tokenizer_of(words).save_pretrained(twin)
+    found = told(capsys, sound.flags(place / "out", *named, "--teacher_mixture", '{"one": 1, "two": 3}', **run))
+    found.only_failure("2 tokens have different ids", "same tokenizer")
+
+
 def test_one_examination_that_breaks_hides_no_other_and_nothing_is_said_twice() -> None:
     attempts = Attempts()
 

@@ -19,6 +19,7 @@ from speckd.doctor.ends import stop_ids
 from speckd.doctor.findings import About, Examination, Finding, failure, note, ok, warning
 from speckd.doctor.verdicts import Verdicts, sample, verdicts
 from speckd.gates import ExpectedSpec, LabelRatio, NoGate
+from speckd.run import described
 from speckd.settings import Settings
 from speckd.teachers.model import ModelSource
 from speckd.trainer import SpecKDTrainer, load_teacher
@@ -42,16 +43,12 @@ _CLEARLY = 0.1
 
 def models(trainer: SpecKDTrainer) -> Examination[None]:
     """What they are, and what they put on ids that do not count."""
-    for model, name in ((trainer.model, "student"), (trainer.teacher, "teacher")):
-        if model is not None:
-            size = sum(p.numel() for p in model.parameters())
-            learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            trained = f", {learning:,} of them trained" if 0 < learning < size else ""
-            yield ok(About.LOADED, f"{name}: {size:,} parameters{trained}, {model.dtype}, on {model.device}")
+    for line in described(trainer):
+        yield ok(About.LOADED, line[0].lower() + line[1:].rstrip("."))
     if trainer.source is None or not trainer.objective.needs_teacher:
         return
-    if trainer.teacher is not None:
-        yield from _dropped_of_teacher(trainer)
+    for source in trainer.model_sources:
+        yield from _dropped_of_teacher(trainer, source)
     outside = trainer.vocabulary.outside(trainer.student.get_output_embeddings().weight.shape[0])
     dropped = trainer.mass(trainer.student, outside) if len(outside) else 0.0
     if dropped > trainer.args.max_dropped_mass:
@@ -63,12 +60,13 @@ def models(trainer: SpecKDTrainer) -> Examination[None]:
         )
 
 
-def _dropped_of_teacher(trainer: SpecKDTrainer) -> Iterator[Finding]:
-    outside = trainer.vocabulary.outside(trainer.teacher.get_output_embeddings().weight.shape[0])
+def _dropped_of_teacher(trainer: SpecKDTrainer, source: ModelSource) -> Iterator[Finding]:
+    outside = source.vocabulary.outside(source.model.get_output_embeddings().weight.shape[0])
     if not len(outside):
         return
-    dropped, most = trainer.mass(trainer.teacher, outside), trainer.args.max_dropped_mass
-    said = f"the teacher puts {dropped:.2g} of its probability on ids that are left out (at most: {most:g})"
+    dropped, most = trainer.mass(source.model, outside, source.device), trainer.args.max_dropped_mass
+    who = f"the teacher {source.model.name_or_path}" if trainer.teachers else "the teacher"
+    said = f"{who} puts {dropped:.2g} of its probability on ids that are left out (at most: {most:g})"
     if dropped <= most:
         yield ok(About.LOADED, said)
     else:
@@ -132,6 +130,8 @@ def _acceptance(trainer: SpecKDTrainer, metrics: dict[str, float], supervised: i
     elif rate < trainer.args.starvation_threshold:
         what = f"the gate {does} less than {trainer.args.starvation_threshold:.0%} (starvation_threshold)"
         yield warning(About.START, what, "Fine-tune the student first (--recipe sft), or verify less strictly")
+    elif rate >= 1 - 1e-6 and soft:
+        yield note(About.START, "so far the teacher explains the data better everywhere: the gate leaves all to it")
     elif rate >= 1 - 1e-6:
         what = "the gate accepts everything: this is plain distillation"
         yield warning(About.START, what, "Verify more strictly, or take the recipe ungated")

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from speckd.checks import (
     require_k_below,
     require_student,
     require_teacher,
+    several_teachers,
     student_tokenizer,
     teacher_tokenizer,
+    tokenizer_among_several,
 )
 from speckd.compatibility import shared_vocabulary
 from speckd.data import load_data
@@ -86,35 +89,51 @@ def as_trained(settings: Settings, tokenizer: Any) -> Any:
 def teacher(settings: Settings) -> Examination[bool]:
     """Is it there, as far as this process has to load it?"""
     require_teacher(settings)
-    if settings.teacher_model is not None:
-        yield ok(About.MODELS, f"teacher: {settings.teacher_model}")
+    for name in (settings.teacher_model, *several_teachers(settings).values()):
+        if name is not None:
+            yield ok(About.MODELS, f"teacher: {name}")
     return True
 
 
-def tokenizer_of_teacher(settings: Settings) -> Examination[Any]:
-    """None where the teacher is not known by name, or is elsewhere and not to be had here."""
-    name = settings.training.teacher_model_name_or_path
-    if name is None:
-        return None
-    if settings.teacher_model is not None:
-        return teacher_tokenizer(settings, name)
+@dataclass(frozen=True)
+class Teacher:
+    """One that is known by name. `called`: in messages; `path`: or hub id."""
+
+    called: str
+    path: str
+    revision: str
+    tokenizer: Any
+
+
+def teachers(settings: Settings) -> Examination[tuple[Teacher, ...]]:
+    """None where no teacher is known by name, or it is elsewhere and not to be had here."""
+    revision = settings.training.teacher_model_revision or "main"
+    several = several_teachers(settings).items()
+    if several:
+        tokenizers = [tokenizer_among_several(settings, name, path) for name, path in several]
+        named = zip(several, tokenizers, strict=True)
+        return tuple(Teacher(f"teacher {name}", path, "main", tokenizer) for (name, path), tokenizer in named)
+    path = settings.training.teacher_model_name_or_path
+    if path is None:
+        return ()
     try:
-        return teacher_tokenizer(settings, name)
+        return (Teacher("teacher", path, revision, teacher_tokenizer(settings, path)),)
     except SpeckdError:
-        yield note(About.MODELS, f"the teacher itself ({name}) is not here: it is not compared with what is elsewhere")
-        return None
+        if settings.teacher_model is not None:
+            raise
+        yield note(About.MODELS, f"the teacher itself ({path}) is not here: it is not compared with what is elsewhere")
+        return ()
 
 
-def vocabulary(settings: Settings, own: Any, theirs: Any) -> Examination[bool]:
+def vocabulary(settings: Settings, own: Any, teacher: Teacher) -> Examination[bool]:
     """Do both cut text alike, and what has only one of them?"""
-    names = settings.model.model_name_or_path, settings.training.teacher_model_name_or_path
-    revisions = settings.model.model_revision, settings.training.teacher_model_revision or "main"
-    widths = [head_width(settings, str(name), revision) for name, revision in zip(names, revisions, strict=True)]
-    known = own.get_vocab(), theirs.get_vocab()
+    sides = (str(settings.model.model_name_or_path), settings.model.model_revision), (teacher.path, teacher.revision)
+    widths = [head_width(settings, name, revision) for name, revision in sides]
+    known = own.get_vocab(), teacher.tokenizer.get_vocab()
     rows = [max(vocab.values()) + 1 if width is None else width for width, vocab in zip(widths, known, strict=True)]
-    shared = shared_vocabulary(own, theirs, rows[0], rows[1])
-    yield ok(About.MODELS, f"both cut text alike and share {shared.size:,} tokens")
-    for name, width, vocab, other in zip(("student", "teacher"), widths, known, reversed(known), strict=True):
+    shared = shared_vocabulary(own, teacher.tokenizer, rows[0], rows[1])
+    yield ok(About.MODELS, f"student and {teacher.called} cut text alike and share {shared.size:,} tokens")
+    for name, width, vocab, other in zip(("student", teacher.called), widths, known, reversed(known), strict=True):
         yield from _one_sided(name, vocab, other)
         if width is not None:
             yield from _padded(name, width, vocab)
@@ -158,7 +177,7 @@ def _padded(name: str, width: int, vocab: dict[str, int]) -> Iterator[Finding]:
 
 
 def data(settings: Settings) -> Examination[Data]:
-    train, held_out = load_data(settings.run, settings.training.dataset_text_field)
+    train, held_out = load_data(settings.run, settings.training.dataset_text_field, settings.training.teacher_route_column)
     yield from ()
     return train, held_out
 

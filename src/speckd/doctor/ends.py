@@ -9,14 +9,14 @@ from transformers import GenerationConfig
 
 from speckd.checks import require_end_token, require_template
 from speckd.data import is_conversational
-from speckd.doctor.before import first_rows
+from speckd.doctor.before import Teacher, first_rows
 from speckd.doctor.findings import About, Examination, Finding, failure, note, ok, warning
 from speckd.errors import DataError, SpeckdError
 from speckd.settings import Settings
 from speckd.trl_internals import marks_assistant
 
 
-def end_tokens(settings: Settings, own: Any, theirs: Any) -> Examination[bool]:
+def end_tokens(settings: Settings, own: Any, taught_by: tuple[Teacher, ...]) -> Examination[bool]:
     """Will the student learn to stop, and does the teacher expect the end where the student learns it?"""
     require_end_token(own)
     begins = "" if own.bos_token is None else f", begins with {own.bos_token!r}"
@@ -26,28 +26,30 @@ def end_tokens(settings: Settings, own: Any, theirs: Any) -> Examination[bool]:
     configured = stop_ids(None, name, revision)
     if configured and own.eos_token_id not in configured:
         yield note(About.ENDS, f"the student's generation_config stops at {sorted(configured)}; training adds its end token")
-    if theirs is not None:
-        yield from _ends_of_both(settings, own, theirs)
+    for teacher in taught_by:
+        yield from _ends_of_both(own, teacher)
     return True
 
 
-def _ends_of_both(settings: Settings, own: Any, theirs: Any) -> Iterator[Finding]:
-    name = str(settings.training.teacher_model_name_or_path)
-    stops = stop_ids(theirs, name, settings.training.teacher_model_revision or "main")
+def _ends_of_both(own: Any, teacher: Teacher) -> Iterator[Finding]:
+    theirs, name = teacher.tokenizer, teacher.path
+    stops = stop_ids(theirs, name, teacher.revision)
     if not stops:
-        yield warning(About.ENDS, "the teacher has no end token: it may never expect an end", "Use a teacher that has one")
+        yield warning(
+            About.ENDS, f"the {teacher.called} has no end token: it may never expect an end", "Use a teacher that has one"
+        )
     elif own.eos_token_id not in stops:
         there = ", ".join(repr(theirs.convert_ids_to_tokens(i)) for i in sorted(stops))
         shared = theirs.eos_token in own.get_vocab()
         fix = f"Set eos_token: {json.dumps(theirs.eos_token, ensure_ascii=False)}" if shared else "Do not mix them"
         yield failure(
             About.ENDS,
-            f"the student ends with {own.eos_token!r}, the teacher with {there}, as when one is a base and the other an "
-            "instruct model: the teacher never expects the end of the data, and the student would not learn to stop",
+            f"the student ends with {own.eos_token!r}, the {teacher.called} with {there}, as when one is a base and the "
+            "other an instruct model: the teacher never expects the end of the data, and the student would not learn to stop",
             f"{fix}, or chat_template_path: {name}, or use a student and a teacher that are both base or both instruct",
         )
     else:
-        yield ok(About.ENDS, "the teacher ends with the same")
+        yield ok(About.ENDS, f"the {teacher.called} ends with the same")
 
 
 def stop_ids(tokenizer: Any, name: str, revision: str) -> set[int]:
@@ -60,22 +62,22 @@ def stop_ids(tokenizer: Any, name: str, revision: str) -> set[int]:
     return {i for i in (*own, *(configured if isinstance(configured, list) else [configured])) if i is not None}
 
 
-def template(settings: Settings, own: Any, theirs: Any, train: Dataset) -> Examination[bool]:
+def template(settings: Settings, own: Any, taught_by: tuple[Teacher, ...], train: Dataset) -> Examination[bool]:
     """Does it render the data (else it raises), and does it say what is to be learnt?"""
     conversational = is_conversational(train)
-    taught_by_template = theirs is not None and theirs.chat_template is not None
-    borrowed = f"Set chat_template_path: {settings.training.teacher_model_name_or_path}"
+    instruct = next((teacher for teacher in taught_by if teacher.tokenizer.chat_template is not None), None)
+    borrowed = "" if instruct is None else f"Set chat_template_path: {instruct.path}"
     try:
         require_template(settings, own, conversational)
     except SpeckdError as error:
-        if taught_by_template and own.chat_template is None:
+        if instruct is not None and own.chat_template is None:
             what = f"{error.what}, and the teacher's has one: a base student with an instruct teacher"
             raise DataError(what, f"{borrowed}, or use a student of the teacher's kind") from None
         raise
-    if taught_by_template and own.chat_template != theirs.chat_template:
+    if instruct is not None and own.chat_template != instruct.tokenizer.chat_template:
         has = "has none" if own.chat_template is None else "has another"
         fix = f"{borrowed} and give messages" if not conversational else borrowed
-        what = f"the teacher has a chat template and the student {has}: the teacher may not be used to what it reads"
+        what = f"the {instruct.called} has a chat template and the student {has}: the teacher may not be used to what it reads"
         yield warning(About.ENDS, what, f"{fix}, or use a teacher of the student's kind")
     if not conversational:
         return True

@@ -17,7 +17,11 @@ from speckd.settings import Settings, load_settings
 from speckd.trainer import SpecKDTrainer
 
 #: The same run as plain fine-tuning: the data can be looked at where the teacher is what fails.
-_WITHOUT_TEACHER = ("teacher", "model"), ("teacher_model_name_or_path", "null"), ("label_loss_weight", "1")
+_WITHOUT_TEACHER = (
+    ("teacher", "model"),
+    ("label_loss_weight", "1"),
+    *((key, "null") for key in ("teacher_model_name_or_path", "teachers", "teacher_route_column", "teacher_mixture")),
+)
 #: Seconds that servers may be down meanwhile.
 _PATIENCE_S = 20
 _WITHOUT_MASK = (("assistant_only_loss", "false"),)
@@ -66,18 +70,20 @@ def _before(
         return None
     yield from attempts.of(About.SETTINGS, before.output(settings))
     own = yield from attempts.of(About.MODELS, before.student(settings))
-    sound, theirs = [(yield from attempts.of(About.MODELS, before.teacher(settings)))], None
+    sound = [(yield from attempts.of(About.MODELS, before.teacher(settings)))]
+    taught_by = None
     if sound[0]:
-        theirs = yield from attempts.of(About.MODELS, before.tokenizer_of_teacher(settings))
-    if own is not None and theirs is not None:
-        sound.append((yield from attempts.of(About.MODELS, before.vocabulary(settings, own, theirs))))
+        taught_by = yield from attempts.of(About.MODELS, before.teachers(settings))
+        sound.append(taught_by is not None)
+    for teacher in (taught_by or ()) if own is not None else ():
+        sound.append((yield from attempts.of(About.MODELS, before.vocabulary(settings, own, teacher))))
     given = yield from attempts.of(About.DATA, before.data(settings))
     if own is None:
         return _Seen(settings, None, given, None, whole=False, masked=None)
-    stops = yield from attempts.of(About.ENDS, ends.end_tokens(settings, own, theirs))
+    stops = yield from attempts.of(About.ENDS, ends.end_tokens(settings, own, taught_by or ()))
     masked = None
     if given is not None:
-        masked = yield from attempts.of(About.ENDS, ends.template(settings, own, theirs, given[0]))
+        masked = yield from attempts.of(About.ENDS, ends.template(settings, own, taught_by or (), given[0]))
     if settings.teacher_elsewhere:
         sound.append((yield from attempts.of(About.ELSEWHERE, before.elsewhere(settings, own, thorough))))
     foreseen = yield from attempts.of(About.MEMORY, room.memory(settings, given, own)) if given is not None else _nothing()

@@ -67,14 +67,18 @@ def signal(logits: Tensor, temperature: float = 1.0) -> DenseSignal:
     return MeasuredSignal.of(logits, temperature)
 
 
-def swap_rows(data: Tensor, some: Tensor, others: Tensor) -> None:
-    """Exchanges rows of `data`, [n, V], pair by pair, [h] int64 each; no row is named twice. No copy of them all is made."""
+def swap_rows(data: Tensor, some: Tensor, others: Tensor, needed: bool = True) -> None:
+    """Exchanges rows of `data`, [n, V], pair by pair, [h] int64 each; no row is named twice. No copy of them all is made.
+
+    `needed`: False where `some` are spent, and only the `others` have to go into their places.
+    """
     if available(data):
         from speckd.kernels.kernel_pass import move_rows
 
-        return move_rows(data, some, others, swap=True)
+        return move_rows(data, others, some, swap=needed)
     for one, other in zip(some.tolist(), others.tolist(), strict=True):
-        kept = data[one].clone()
+        kept = data[one].clone() if needed else None
         data[one] = data[other]
-        data[other] = kept
+        if kept is not None:
+            data[other] = kept
     return None

@@ -8,7 +8,16 @@ from torch import Tensor
 from speckd.divergences import HasEntries
 from speckd.kernels import programs
 from speckd.kernels.statistics import MeasuredSignal
-from speckd.row_pass import JudgedRows, RowPass, RowResults, as_dense, divergence_slope, slope_against_tail, token_weights
+from speckd.row_pass import (
+    JudgedRows,
+    RowPass,
+    RowResults,
+    as_dense,
+    closed_form,
+    divergence_slope,
+    slope_against_tail,
+    token_weights,
+)
 from speckd.support import teacher_support
 from speckd.types import DenseSignal, TopKSignal
 
@@ -127,7 +136,7 @@ class _Chunk:
         tail = self._remaining_mass(index)
         log_q = torch.cat([inside - own.maximum[places] - own.log_mass[places], tail.log()], -1)
         q = torch.cat([log_q[:, :-1].exp(), tail], -1)
-        value, slope = divergence_slope(divergence, log_q, log_p, q, log_p.exp())
+        value, slope = divergence_slope(divergence, closed_form(divergence), log_q, log_p, q, log_p.exp())
         if not self.wanted:
             return value
         slope = slope_against_tail(slope * on, q[:, :-1], tail)

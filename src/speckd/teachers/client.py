@@ -24,6 +24,7 @@ from speckd.teachers.answers import Answer
 from speckd.teachers.conversation import Conversation, ServerFacts
 from speckd.teachers.dialect import BadAnswer, Dialect, TooFewInside
 from speckd.teachers.exchange import Broken, Connections, Refused, Timeouts, Unreachable, key, server_url, tls_of
+from speckd.types import Capabilities
 
 _T = TypeVar("_T")
 
@@ -71,9 +72,13 @@ class _Question:
     failures: int = 0
 
     @property
+    def length(self) -> int:
+        """Tokens sent: no more of the sequence than what the positions' answers depend on."""
+        return self.positions[-1] + 2
+
+    @property
     def asked(self) -> list[int]:
-        """No more of the sequence than what the positions' answers depend on."""
-        return self.token_ids[: self.positions[-1] + 2]
+        return self.token_ids[: self.length]
 
 
 @dataclass(eq=False)
@@ -85,7 +90,7 @@ class _Group:
 
     @property
     def tokens(self) -> int:
-        return sum(len(question.asked) for question in self.questions)
+        return sum(question.length for question in self.questions)
 
 
 @dataclass(eq=False)
@@ -175,6 +180,11 @@ class ServerPool:
         return self._wait_for(self._start(longest, texts))
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What can be asked of the answers."""
+        return Capabilities(self._talk.top_k)
+
+    @property
     def canary(self) -> Answer:
         """What the servers said of the canary at the start. To be kept with a checkpoint, and handed to `probe` at a resume."""
         if self._talk.canary is None:
@@ -243,6 +253,8 @@ class ServerPool:
             asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout=10)
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
+        if not self._thread.is_alive():
+            self._loop.close()
         self._loop = self._thread = None
 
     def __enter__(self) -> "ServerPool":
@@ -252,7 +264,7 @@ class ServerPool:
         self.close()
 
     def _check_length(self, question: _Question) -> None:
-        needed = len(question.asked) + 1
+        needed = question.length + 1
         for server in self._servers:
             longest = server.facts.longest if server.facts else None
             if longest is not None and needed > longest:
@@ -295,6 +307,7 @@ class ServerPool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for server in self._servers:
             await server.connections.close()
+        await asyncio.get_running_loop().shutdown_default_executor()
 
     def _watch(self) -> None:
         """Ends the wait when every server has been down for too long."""
@@ -352,9 +365,9 @@ class ServerPool:
         with self._lock:
             if not self._fresh:
                 return None
-            share = -(-sum(len(question.asked) for question in self._fresh) // max(1, slots))
+            share = -(-sum(question.length for question in self._fresh) // max(1, slots))
             group = _Group([self._fresh.popleft()])
-            while self._fresh and group.tokens + len(self._fresh[0].asked) <= min(server.budget, share):
+            while self._fresh and group.tokens + self._fresh[0].length <= min(server.budget, share):
                 group.questions.append(self._fresh.popleft())
         return group
 
@@ -366,17 +379,17 @@ class ServerPool:
         except TooFewInside:
             self._ask_for_more(server, group, request_id)
         except Unreachable as error:
-            self._set_aside(server, str(error), error.after_s)
+            self._set_aside(server, f"request {request_id}: {error}", error.after_s)
             self._put_back([group])
         except Broken as error:
-            self._set_aside(server, str(error))
+            self._set_aside(server, f"request {request_id}: {error}")
             server.budget = max(1, min(server.budget, group.tokens) // 2)
             self._split(server, group, request_id, str(error))
         except Refused as error:
             self._refuse(server, group, request_id, error)
         except BadAnswer as error:
             self._count(invalid=1)
-            self._set_aside(server, f"a wrong answer ({error})", down=False)
+            self._set_aside(server, f"request {request_id}: a wrong answer: {error}", down=False)
             group.avoid.add(server.number)
             self._once_more(server, group, request_id, f"a wrong answer: {error}")
         except asyncio.CancelledError:
@@ -436,7 +449,7 @@ class ServerPool:
     def _refuse(self, server: _Server, group: _Group, request_id: str, error: Refused) -> None:
         """Another server may answer it; the same will not."""
         group.avoid.add(server.number)
-        self._set_aside(server, str(error), down=False)
+        self._set_aside(server, f"request {request_id}: {error}", down=False)
         if len(group.avoid) < len(self._servers):
             self._once_more(server, group, request_id, str(error), error.fix)
         else:

@@ -15,7 +15,10 @@ from speckd.errors import StoreError
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint16]
 Values = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
 NEVER = 0x7C00  # the code of −inf
+_ROOM = 2**13  # float32 values to one of float16
+_WIDER = "Capture with 32 bits: set the cache's precision to 32"
 _NOTHING = 1e-15  # what a sum near 1 does not feel, in float64
 #: [0x7C01]: the probability that each code stands for.
 PROBABILITIES = np.exp(-np.arange(NEVER + 1, dtype="<u2").view("<f2").astype(np.float64))
@@ -53,34 +56,63 @@ def decoded(codes: Codes) -> torch.Tensor:
     return torch.from_numpy((codes | 0x8000).astype("<u2", copy=False).view("<f2")).float()
 
 
-def ranked_codes(log_probs: Values, tail: bool) -> Codes:
-    """[n, K], most probable first: codes that grow exactly where the log-probabilities fall, and are equal where they are.
+def ranked_codes(log_probs: Values, tail: bool) -> tuple[Codes, Flags]:
+    """[n, K], most probable first: codes that never fall, and what tells apart those that are equal.
 
     Without a tail each is the nearest; with one, of the two neighbours in float16 the one that brings the sum of probabilities
-    so far nearer to the true one, so that the tail, 1 − Σ, keeps its digits. Where more values share a float16 than there are
-    codes, they spread to either side: so far the last ones may be off. The sum stays below 1, and the tail is no less than half
-    of the true one: where rounding would have it otherwise, the least probable tokens go one code down.
+    so far nearer to the true one, so that the tail, 1 − Σ, keeps its digits. The sum stays below 1, and the tail is no less
+    than half of the true one: where rounding would have it otherwise, the least probable tokens go one code down. So no code
+    is more than two beside the nearest.
+
+    Returns:
+        codes, [n, K], and for every one that equals the one before it (`crowd`) whether the log-probability was lower.
 
     Raises:
         StoreError: finite values below what float16 holds.
     """
     values = np.minimum(log_probs, np.float32(0))
-    rising = np.zeros(values.shape, dtype=bool)
-    rising[:, 1:] = log_probs[:, 1:] < log_probs[:, :-1]
-    nearest = _nearest(values)
-    codes = np.minimum(spread(nearest, rising), NEVER)
-    if tail:
-        codes = _balanced(values, nearest, codes, rising)
-    never = values == -np.inf
-    codes = np.where(never, NEVER, codes)
+    falls = log_probs[:, 1:] < log_probs[:, :-1]
+    rising = np.concatenate([np.zeros((len(values), 1), dtype=bool), falls], -1)
+    nearest, never = _nearest(values), values == -np.inf
+    codes = _balanced(values, nearest, rising) if tail else nearest
     mass = np.minimum(np.exp(values.astype(np.float64)).sum(-1), 1)
     _keep_below(codes, never, rising, (1 + mass) / 2)
     _check_range(codes, never)
-    return codes.astype("<u2")
+    small = codes.astype("<u2")
+    return small, falls[crowd(small)]
+
+
+def crowd(codes: Codes) -> Flags:
+    """[n, K − 1] which finite codes equal the one before them."""
+    return (codes[:, 1:] == codes[:, :-1]) & (codes[:, 1:] != NEVER)
+
+
+def ranked_log_probs(codes: Codes, together: Flags, apart: Flags) -> torch.Tensor:
+    """[n, K] float32, whose order is exact: equal codes that are `apart` differ in the 13 bits that float16 does not have.
+
+    Args:
+        together: their `crowd`.
+        apart: [how many are in it] whether the log-probability was lower than the one before.
+
+    Raises:
+        StoreError: more in one crowd than these bits count.
+    """
+    values = decoded(codes)
+    if apart.any():
+        rows = np.flatnonzero(together.any(-1))
+        steps = np.zeros((len(rows), codes.shape[-1]), dtype=np.int32)
+        steps[:, 1:][together[rows]] = apart
+        total = np.cumsum(steps, axis=-1, dtype=np.int32)
+        total[:, 1:] -= np.maximum.accumulate(np.where(together[rows], 0, total[:, 1:]), axis=-1)  # since the crowd's first
+        if total.max() >= _ROOM:
+            raise StoreError(f"more than {_ROOM} log-probabilities share 16 bits", _WIDER)
+        bits = values.view(torch.int32)
+        bits[rows] += torch.from_numpy(total)  # of a negative number: its magnitude grows
+    return values
 
 
 def full_codes(log_probs: Values, ordered: int) -> Codes:
-    """[n, V]: as `ranked_codes` for a row's most probable tokens; the others come after them, in order but for new ties.
+    """[n, V] codes: a row's most probable tokens keep their order exactly; the others come after, in order but for new ties.
 
     No sum is kept: whoever has the whole vocabulary normalises it again.
     """
@@ -92,7 +124,6 @@ def full_codes(log_probs: Values, ordered: int) -> Codes:
     rising[:, 1:] = best[:, 1:] < best[:, :-1]
     codes = spread(np.take_along_axis(nearest, where, -1), rising)
     after = np.maximum(nearest, codes[:, -1:] + (log_probs < best[:, -1:]))
-    after = np.where(log_probs == best[:, -1:], codes[:, -1:], after)  # a tie of the last one, moved with it
     np.put_along_axis(after, where, codes, -1)
     never = values == -np.inf
     _check_range(after, never)
@@ -113,23 +144,20 @@ def _nearest(values: Values) -> npt.NDArray[np.int32]:
     return (half.view("<u2") & 0x7FFF).astype(np.int32)
 
 
-def _balanced(
-    values: Values, nearest: npt.NDArray[np.int32], codes: npt.NDArray[np.int32], rising: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.int32]:
-    """Each code as it is or one beside it, whichever keeps the sum of probabilities; one column after the other."""
+def _balanced(values: Values, nearest: npt.NDArray[np.int32], rising: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Of each value's two neighbours the one that keeps the sum of probabilities; one column after the other."""
     known = -nearest.astype("<u2").view("<f2").astype(np.float32)
-    moved = codes != nearest
-    above = np.ascontiguousarray((codes - (~moved & (known < values))).T)  # as probable as the value, or more
+    above = np.ascontiguousarray((nearest - (known < values)).T)  # the one as probable as the value, or more
     true, columns = np.exp(values.T.astype(np.float64)), rising.T.copy()
     kept = np.empty_like(above)
     excess = np.zeros(len(values))
-    last = np.full(len(values), -1, dtype=np.int32)
+    last = np.zeros(len(values), dtype=np.int32)
     for column, more in enumerate(above):
         less = np.minimum(more + 1, NEVER)
         target = true[column] - excess
         code = np.where(target - PROBABILITIES[less] < PROBABILITIES[more] - target, less, more)
-        code = np.where(columns[column], np.maximum(code, last + 1), last if column else code)
-        kept[column] = last = np.minimum(code, NEVER)
+        code = np.where(columns[column], np.maximum(code, last), last if column else code)
+        kept[column] = last = code
         excess += PROBABILITIES[last] - true[column]
     return np.ascontiguousarray(kept.T)
 
@@ -155,9 +183,7 @@ def _keep_below(
 
 def _check_range(codes: npt.NDArray[np.int32], never: npt.NDArray[np.bool_]) -> None:
     if (codes[~never] >= NEVER).any():
-        raise StoreError(
-            "a log-probability is below what 16 bits hold (−65504)", "Capture with 32 bits: set the cache's precision to 32"
-        )
+        raise StoreError("a log-probability is below what 16 bits hold (−65504)", _WIDER)
 
 
 @dataclass(frozen=True)
@@ -180,10 +206,10 @@ class Rounding:
         )
 
 
-def rounding(log_probs: Values, codes: Codes) -> Rounding:
+def rounding(log_probs: Values, read_again: torch.Tensor) -> Rounding:
     """Of one record. −inf is exact."""
     finite = log_probs > -np.inf
-    given, read = log_probs[finite].astype(np.float64), decoded(codes[finite]).double().numpy()
+    given, read = log_probs[finite].astype(np.float64), read_again.numpy()[finite].astype(np.float64)
     if not len(given):
         return Rounding()
     in_logs = np.abs(given - read)

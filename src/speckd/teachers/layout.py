@@ -6,9 +6,9 @@ from enum import StrEnum
 from speckd.errors import StoreError
 
 #: Of a whole vocabulary at 16 bits, so many of a row's most probable tokens keep their order exactly.
-FULL_ORDERED = 128
+FULL_ORDERED = 32
 #: Of a sequence, whatever its length: the record's header and the index entry.
-SEQUENCE_BYTES = 80
+SEQUENCE_BYTES = 88
 
 
 class Kind(StrEnum):

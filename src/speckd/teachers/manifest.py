@@ -40,8 +40,8 @@ def read_document(files: Files, path: Path) -> dict[str, Any]:
     data = read_all(files, path)
     try:
         content = json.loads(data)
-        claimed = content.pop("digest")
-        intact = document(content) == data and claimed == digest(_canonical(content)).hex()
+        content.pop("digest")
+        intact = document(content) == data
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
         intact = False
     if not intact:

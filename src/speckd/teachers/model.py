@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from speckd.compatibility import SharedVocabulary
+from speckd.errors import CapabilityError
 from speckd.head import LMHead
 from speckd.spans import TEACHER_FORWARD, span
 from speckd.teachers.in_process import HiddenTeacher
@@ -32,7 +33,7 @@ class ModelSource:
         self, model: Any, vocabulary: SharedVocabulary, device: torch.device, sharing: PromptSharing | None = None
     ) -> None:
         self.model, self.vocabulary, self.sharing, self._student_device = model, vocabulary, sharing, device
-        self.head = head_on(vocabulary.restrict(LMHead.from_model(model)), device)
+        self.head = head_on(vocabulary.restrict(_plain_head(model)), device)
         self.positions = torch.zeros(2, dtype=torch.int64)  # since somebody set it back: computed, in the batches
 
     @property
@@ -64,6 +65,16 @@ class ModelSource:
 
     def close(self) -> None:
         """Nothing is held but the model."""
+
+
+def _plain_head(model: Any) -> LMHead:
+    head = LMHead.from_model(model)
+    if not head.weight.is_floating_point():
+        raise CapabilityError(
+            "the teacher's head is quantised, which a product with its weight cannot express",
+            "Leave it as it is: llm_int8_skip_modules: [lm_head] in its quantization_config",
+        )
+    return head
 
 
 class LaunchedModel:

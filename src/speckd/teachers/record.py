@@ -1,14 +1,14 @@
 """One sequence's answers as bytes, and back.
 
 A record is a header (`HEADER`), then a body: a bitmap of the answered positions; how many tokens each has, where they were
-drawn; the token ids; the log-probabilities, or counts; the log-probabilities of the tokens that follow, always in float32. All
-numbers are little-endian. A compressed body has its numbers taken apart by significance first, and differences along K in place
-of the values.
+drawn; the token ids; which log-probabilities differ that share a float16; the log-probabilities, or counts; those of the tokens
+that follow, always in float32. All numbers are little-endian. A compressed body has its numbers taken apart by significance
+first, and differences along K in place of the values.
 """
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
@@ -24,11 +24,13 @@ from speckd.teachers.codes import (
     Codes,
     Rounding,
     Values,
+    crowd,
     decoded,
     full_codes,
     pack_ids,
     packed_size,
     ranked_codes,
+    ranked_log_probs,
     rounding,
     unpack_ids,
 )
@@ -37,8 +39,9 @@ from speckd.teachers.layout import FULL_ORDERED, Compression, Kind, Layout
 from speckd.teachers.plausible import require_answer
 
 KEY_BYTES = 16
-#: Key; tokens of the sequence; answered positions; entries (ids or log-probabilities) in all; bytes of the body as stored.
-HEADER = struct.Struct("<16sIIQQ")
+#: Key; tokens of the sequence; answered positions; entries (ids or log-probabilities) in all; how many of them share a float16
+#: with the one before; bytes of the body as stored.
+HEADER = struct.Struct("<16sIIQQQ")
 _AT_ONCE = 2**22  # log-probabilities of a whole vocabulary that are rounded at once
 
 
@@ -64,44 +67,75 @@ def encode(token_ids: Tensor, answer: Answer, layout: Layout) -> Encoded:
         StoreError: an answer that cannot be one to these tokens, or does not fit the layout.
     """
     require_answer(token_ids, answer, layout)
-    answered, positions = len(answer.positions), np.zeros(len(token_ids), dtype=np.uint8)
-    positions[answer.positions.numpy()] = 1
-    values, given = answer.log_probs.numpy().astype("<f4", copy=False), np.ascontiguousarray(answer.label_log_probs.numpy())
-    parts, lost, entries = [np.packbits(positions, bitorder="little").tobytes()], Rounding(), answered * layout.width
-    apart = layout.compression is not Compression.NONE
     match layout.kind:
         case Kind.SAMPLED:
-            drawn = drawn_of(answer, layout)
-            entries = len(drawn.token_ids)
-            parts.append(_bytes(drawn.lengths.astype("<u4"), apart))
-            parts.append(pack_ids(drawn.token_ids, layout.id_bits))
-            parts.append(_bytes(drawn.counts.astype(f"<u{layout.count_bytes}"), apart))
+            kept = _keep_drawn(answer, layout)
         case Kind.TOP_K:
-            kept: Codes | Values = values
-            if layout.precision == 16:
-                kept = ranked_codes(values, tail=layout.width < layout.vocabulary_size)
-                lost = rounding(values, kept)
-            parts += [pack_ids(_ids(answer).reshape(-1), layout.id_bits), _bytes(_steps(kept) if apart else kept, apart)]
+            kept = _keep_ranked(answer, layout)
         case Kind.FULL:
-            kept = values
-            if layout.precision == 16:
-                rows = max(1, _AT_ONCE // layout.width)
-                blocks = [values[start : start + rows] for start in range(0, answered, rows)]
-                codes = [full_codes(block, FULL_ORDERED) for block in blocks]
-                lost = sum((rounding(block, code) for block, code in zip(blocks, codes, strict=True)), Rounding())
-                kept = np.concatenate([np.empty((0, layout.width), dtype="<u2"), *codes])
-            parts.append(_bytes(kept, apart))
-    body = b"".join([*parts, _bytes(given.astype("<f4"), apart)])
-    stored = zlib.compress(body) if apart else body
-    header = HEADER.pack(sequence_key(token_ids), len(token_ids), answered, entries, len(stored))
-    return Encoded(header + stored, len(token_ids), answered, lost)
+            kept = _keep_all(answer, layout)
+    positions = np.zeros(len(token_ids), dtype=np.uint8)
+    positions[answer.positions.numpy()] = 1
+    labels = answer.label_log_probs.numpy().astype("<f4")
+    body = np.packbits(positions, bitorder="little").tobytes() + kept.data + _bytes(labels, _apart(layout))
+    stored = zlib.compress(body) if layout.compression is Compression.ZLIB else body
+    numbers = len(token_ids), len(positions.nonzero()[0]), kept.entries, kept.crowded, len(stored)
+    return Encoded(HEADER.pack(sequence_key(token_ids), *numbers) + stored, *numbers[:2], kept.rounding)
 
 
-def body_size(layout: Layout, tokens: int, answered: int, entries: int) -> int:
+@dataclass(frozen=True)
+class _Kept:
+    """What of a body depends on the kind: its bytes, and the numbers of the header."""
+
+    data: bytes
+    entries: int
+    crowded: int = 0
+    rounding: Rounding = field(default_factory=Rounding)
+
+
+def _keep_drawn(answer: Answer, layout: Layout) -> _Kept:
+    drawn, apart = drawn_of(answer, layout), _apart(layout)
+    lengths, ids = _bytes(drawn.lengths.astype("<u4"), apart), pack_ids(drawn.token_ids, layout.id_bits)
+    counts = _bytes(drawn.counts.astype(f"<u{layout.count_bytes}"), apart)
+    return _Kept(lengths + ids + counts, len(drawn.token_ids))
+
+
+def _keep_ranked(answer: Answer, layout: Layout) -> _Kept:
+    assert answer.token_ids is not None
+    ids, values, apart = pack_ids(answer.token_ids.numpy().reshape(-1), layout.id_bits), _values(answer), _apart(layout)
+    if layout.precision == 32:
+        return _Kept(ids + _bytes(_steps(values) if apart else values, apart), values.size)
+    codes, falls = ranked_codes(values, tail=layout.width < layout.vocabulary_size)
+    lost = rounding(values, ranked_log_probs(codes, crowd(codes), falls))
+    data = ids + np.packbits(falls, bitorder="little").tobytes() + _bytes(_steps(codes) if apart else codes, apart)
+    return _Kept(data, values.size, len(falls), lost)
+
+
+def _keep_all(answer: Answer, layout: Layout) -> _Kept:
+    values, rows = _values(answer), max(1, _AT_ONCE // layout.width)
+    if layout.precision == 32:
+        return _Kept(_bytes(values, _apart(layout)), values.size)
+    blocks = [values[start : start + rows] for start in range(0, len(values), rows)]
+    codes = [full_codes(block, FULL_ORDERED) for block in blocks]
+    lost = sum((rounding(block, decoded(code)) for block, code in zip(blocks, codes, strict=True)), Rounding())
+    whole = np.concatenate([np.empty((0, layout.width), dtype="<u2"), *codes])
+    return _Kept(_bytes(whole, _apart(layout)), values.size, rounding=lost)
+
+
+def _values(answer: Answer) -> Values:
+    return answer.log_probs.numpy().astype("<f4", copy=False)
+
+
+def _apart(layout: Layout) -> bool:
+    """Whether numbers are laid out by significance, for the sake of compression."""
+    return layout.compression is not Compression.NONE
+
+
+def body_size(layout: Layout, tokens: int, answered: int, entries: int, crowded: int = 0) -> int:
     """Bytes of a record's body before compression."""
     ids = 0 if layout.kind is Kind.FULL else packed_size(entries, layout.id_bits)
     lengths, each = (4 * answered, layout.count_bytes) if layout.kind is Kind.SAMPLED else (0, layout.precision // 8)
-    return (tokens + 7) // 8 + lengths + ids + entries * each + 4 * answered
+    return (tokens + 7) // 8 + lengths + ids + (crowded + 7) // 8 + entries * each + 4 * answered
 
 
 def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor | None = None) -> Answer:
@@ -110,8 +144,8 @@ def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor |
     Raises:
         StoreError: a record of other tokens, or one that is none; a position without an answer.
     """
-    body, answered, entries = _body(record, token_ids, layout)
-    reader = _Reader(body, layout.compression is not Compression.NONE)
+    body, answered, entries, crowded = _body(record, token_ids, layout)
+    reader = _Reader(body, _apart(layout))
     flags = np.unpackbits(reader.raw((len(token_ids) + 7) // 8), bitorder="little")
     there = np.flatnonzero(flags)
     if len(there) != answered or (answered and there[-1] >= len(token_ids) - 1):
@@ -123,9 +157,9 @@ def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor |
         case Kind.TOP_K:
             ids = unpack_ids(reader.raw(packed_size(entries, layout.id_bits)), entries, layout.id_bits)
             ids = ids.reshape(answered, layout.width)
-            log_probs = _log_probs(reader, answered, layout, steps=reader.apart)
+            log_probs = _ranked(reader, answered, crowded, layout)
         case Kind.FULL:
-            log_probs = _log_probs(reader, answered, layout, steps=False)
+            log_probs = _unranked(reader, answered, layout)
     labels = torch.from_numpy(reader.numbers("<f4", answered).astype(np.float32))
     if ids is not None and ids.size and ids.max() >= layout.vocabulary_size:
         raise _damaged("it names a token outside the vocabulary")
@@ -142,17 +176,17 @@ def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor |
         ) from None
 
 
-def _body(record: bytes, token_ids: Tensor, layout: Layout) -> tuple[Bytes, int, int]:
-    """The body, decompressed to no more than the header's numbers allow, answered positions and entries."""
+def _body(record: bytes, token_ids: Tensor, layout: Layout) -> tuple[Bytes, int, int, int]:
+    """The body, decompressed to no more than the header's numbers allow; answered positions, entries, how many are crowded."""
     if len(record) < HEADER.size:
         raise _damaged("it is cut short")
-    key, tokens, answered, entries, stored = HEADER.unpack_from(record)
+    key, tokens, answered, entries, crowded, stored = HEADER.unpack_from(record)
     if key != sequence_key(token_ids) or tokens != len(token_ids):
         raise _damaged("it is of another sequence")
     wrong = entries > answered * layout.width if layout.kind is Kind.SAMPLED else entries != answered * layout.width
-    if answered > max(0, tokens - 1) or wrong or stored != len(record) - HEADER.size:
+    if answered > max(0, tokens - 1) or wrong or crowded > entries or stored != len(record) - HEADER.size:
         raise _damaged("its header contradicts itself")
-    body, size = record[HEADER.size :], body_size(layout, tokens, answered, entries)
+    body, size = record[HEADER.size :], body_size(layout, tokens, answered, entries, crowded)
     if layout.compression is Compression.ZLIB:
         inflate = zlib.decompressobj()
         try:
@@ -163,7 +197,7 @@ def _body(record: bytes, token_ids: Tensor, layout: Layout) -> tuple[Bytes, int,
             raise _damaged("it decompresses to another size than it says")
     if len(body) != size:
         raise _damaged("its body has another size than its header says")
-    return np.frombuffer(body, dtype=np.uint8), answered, entries
+    return np.frombuffer(body, dtype=np.uint8), answered, entries, crowded
 
 
 def _damaged(how: str) -> StoreError:
@@ -188,16 +222,33 @@ class _Reader:
         return np.ascontiguousarray(raw.reshape(width, count).T).reshape(-1).view(kind)
 
 
-def _log_probs(reader: _Reader, answered: int, layout: Layout, steps: bool) -> Tensor:
-    if layout.precision == 16:
-        codes: Codes = reader.numbers("<u2", answered * layout.width).reshape(answered, layout.width).astype("<u2", copy=False)
-        codes = np.cumsum(codes, axis=-1, dtype="<u2") if steps else codes
-        if codes.size and codes.max() > NEVER:
-            raise _damaged("a log-probability is not a number")
-        return decoded(codes)
+def _codes(reader: _Reader, answered: int, layout: Layout, steps: bool = False) -> Codes:
+    codes: Codes = reader.numbers("<u2", answered * layout.width).reshape(answered, layout.width).astype("<u2", copy=False)
+    codes = np.cumsum(codes, axis=-1, dtype="<u2") if steps else codes
+    if codes.size and codes.max() > NEVER:
+        raise _damaged("a log-probability is not a number")
+    return codes
+
+
+def _floats(reader: _Reader, answered: int, layout: Layout, steps: bool = False) -> Tensor:
     bits = reader.numbers("<u4", answered * layout.width).reshape(answered, layout.width)
     bits = np.cumsum(bits, axis=-1, dtype="<u4") if steps else bits.copy()
     return torch.from_numpy(bits.view("<f4").astype(np.float32, copy=False))
+
+
+def _unranked(reader: _Reader, answered: int, layout: Layout) -> Tensor:
+    return decoded(_codes(reader, answered, layout)) if layout.precision == 16 else _floats(reader, answered, layout)
+
+
+def _ranked(reader: _Reader, answered: int, crowded: int, layout: Layout) -> Tensor:
+    if layout.precision == 32:
+        return _floats(reader, answered, layout, steps=reader.apart)
+    apart = np.unpackbits(reader.raw((crowded + 7) // 8), count=crowded, bitorder="little").astype(bool)
+    codes = _codes(reader, answered, layout, steps=reader.apart)
+    together = crowd(codes)
+    if np.count_nonzero(together) != crowded:
+        raise _damaged("as many log-probabilities are not equal as it says")
+    return ranked_log_probs(codes, together, apart)
 
 
 def _drawn(reader: _Reader, answered: int, entries: int, layout: Layout) -> tuple[npt.NDArray[np.int64], Tensor]:
@@ -209,12 +260,6 @@ def _drawn(reader: _Reader, answered: int, entries: int, layout: Layout) -> tupl
         raise _damaged("it names a token outside the vocabulary")
     counts = reader.numbers(f"<u{layout.count_bytes}", entries).astype(np.int64)
     return padded(Drawn(lengths, drawn, counts), layout)
-
-
-def _ids(answer: Answer) -> npt.NDArray[np.int64]:
-    assert answer.token_ids is not None
-    ids: npt.NDArray[np.int64] = answer.token_ids.numpy()
-    return ids
 
 
 def _steps(values: Codes | Values) -> npt.NDArray[np.generic]:

@@ -1,6 +1,6 @@
 """A file of records that never changes once it has its name. Every byte of it stands under a checksum.
 
-Header (64 bytes, with its own digest), records one after the other, index (key, length and digest of each), footer (128 bytes:
+Header (64 bytes, with its own digest), records one after the other, index (key, length and digest of each), footer (136 bytes:
 totals, the digests of header and index, its own). The footer's digest therefore vouches for the whole file, and is what the
 store's manifest names. Digests are BLAKE2b-128; numbers are little-endian.
 """
@@ -22,7 +22,7 @@ from speckd.teachers.answers import Answer
 from speckd.teachers.codes import Rounding
 from speckd.teachers.files import Files, named, publish
 from speckd.teachers.layout import Compression, Kind, Layout
-from speckd.teachers.record import KEY_BYTES, encode, sequence_key
+from speckd.teachers.record import encode, sequence_key
 
 VERSION = 1
 _MAGIC, _END = b"speckdTA", b"TAspeckd"
@@ -142,11 +142,6 @@ class Shard:
         """[sequences + 1] where each record starts."""
         start = _HEADER.size + _DIGEST
         return start + np.concatenate([[0], np.cumsum(self.index["length"].astype(np.int64))])
-
-    @cached_property
-    def keys(self) -> list[bytes]:
-        raw = self.index["key"].tobytes()
-        return [raw[start : start + KEY_BYTES] for start in range(0, len(raw), KEY_BYTES)]
 
     def record(self, files: Files, place: int) -> bytes:
         """One record's bytes, checked against its digest."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +18,15 @@ from speckd.types import BatchGate, Capabilities, DenseSignal, Rows, TeacherRows
 class Question:
     """One batch, as a teacher is asked about it.
 
-    `inputs`: what a model's forward takes, [B, L] tensors by name; `tokens`: the same batch as sequences; `rows`: the positions
-    that want an answer.
+    `inputs`: what a model's forward takes, by name: [B, L] tensors and, of a packed line, where its samples end; `tokens`: the
+    same batch as sequences; `rows`: the positions that want an answer; `teachers`: [B, L] int64, the number of each token's own
+    teacher where several share the samples.
     """
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Any]
     tokens: TokenBatch
     rows: SupervisedRows
+    teachers: Tensor | None = None
 
 
 class PendingAnswer(Protocol):
