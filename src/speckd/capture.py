@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from speckd.checks import load_tokenizers
-from speckd.collation import Wanted
+from speckd.collation import Wanted, question_about
 from speckd.compatibility import SharedVocabulary
 from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
@@ -27,11 +26,9 @@ from speckd.teachers.answers import Answer
 from speckd.teachers.draws import answer_of_draws
 from speckd.teachers.layout import Compression, Kind, Layout
 from speckd.teachers.record import sequence_key
-from speckd.teachers.source import Question
 from speckd.teachers.store import StoreWriter
-from speckd.tokens import supervised_rows, token_batch
 from speckd.trainer import SpecKDTrainer
-from speckd.types import IGNORED_LABEL, TeacherRows, TopKSignal
+from speckd.types import TeacherRows, TopKSignal
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +131,7 @@ def cut_into_shards(wanted: Sequence[Wanted], layout: Layout) -> list[list[Wante
 def _announce(wanted: Sequence[Wanted], layout: Layout, shards: int, folder: Path) -> None:
     tokens, answers = sum(len(one.token_ids) for one in wanted), sum(len(one.positions) for one in wanted)
     needed = layout.estimated_bytes(len(wanted), tokens, answers)
-    place = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
+    place, free = free_beside(folder)
     logger.info(
         "Cache: %s sequences, %s answered tokens, %s each (%s, %d bits): about %s in %d shards; %s are free.",
         f"{len(wanted):,}",
@@ -143,18 +139,24 @@ def _announce(wanted: Sequence[Wanted], layout: Layout, shards: int, folder: Pat
         f"{layout.bytes_per_token():,.0f} bytes",
         f"top {layout.width}" if layout.kind is Kind.TOP_K else layout.kind,
         layout.precision,
-        _size(needed),
+        size_of(needed),
         shards,
-        _size(free),
+        size_of(free),
     )
     if needed > free:
         raise ConfigError(
-            f"teacher_cache_dir: the cache takes about {_size(needed)}, but {place} has {_size(free)} free",
+            f"teacher_cache_dir: the cache takes about {size_of(needed)}, but {place} has {size_of(free)} free",
             "Lower teacher_top_k, take teacher_cache_bits: 16, or name a folder on a larger disk",
         )
 
 
-def _size(count: float) -> str:
+def free_beside(folder: Path) -> tuple[Path, int]:
+    """Where a folder is or would be made, and the bytes that are free there."""
+    place = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    return place, shutil.disk_usage(place).free
+
+
+def size_of(count: float) -> str:
     step = min(4, int(math.log(max(count, 1), 1024)))
     return f"{count / 1024**step:,.1f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[step]}"
 
@@ -191,16 +193,9 @@ class Answers:
     def _batch(self, asked: Sequence[Wanted]) -> Iterator[Answer]:
         source = self.trainer.source
         assert source is not None
-        labels = [torch.full_like(one.token_ids, IGNORED_LABEL) for one in asked]
-        for target, one in zip(labels, asked, strict=True):
-            target[one.positions + 1] = one.token_ids[one.positions + 1]
         device = self.trainer.accelerator.device
-        tokens = pad_sequence([one.token_ids for one in asked], batch_first=True).to(device)
-        mask = pad_sequence([torch.ones_like(one.token_ids) for one in asked], batch_first=True).to(device)
-        targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL).to(device)
-        batch = token_batch(tokens, source.vocabulary.labels(targets), mask)
-        rows = supervised_rows(batch)
-        answers = source.launch(Question({"input_ids": tokens, "attention_mask": mask}, batch, rows)).rows()
+        question = question_about(asked, source.vocabulary, device)
+        rows, answers = question.rows, source.launch(question).rows()
         samples = torch.tensor([int.from_bytes(sequence_key(one.token_ids)[:4], "little") for one in asked], device=device)
         parts = [
             self._kept(answers, rows.index[some], rows.labels[some], samples[rows.keys.sample[some]], rows.keys.position[some])

@@ -106,9 +106,21 @@ def several_teachers(settings: Settings) -> dict[str, str]:
 
 
 def check_models_exist(settings: Settings) -> None:
-    student, teacher = settings.model.model_name_or_path, settings.teacher_model
+    require_student(settings)
+    require_teacher(settings)
+
+
+def require_student(settings: Settings) -> None:
+    """Refuses a student that is not named or not there."""
+    student = settings.model.model_name_or_path
     if student is None:
         raise ConfigError("model_name_or_path is not set: there is no student", "Give a path or hub id")
+    _require_model("model_name_or_path", student, settings.training.trust_remote_code)
+
+
+def require_teacher(settings: Settings) -> None:
+    """Refuses teachers in this process that are not named though needed, not there, or the student itself."""
+    student, teacher = str(settings.model.model_name_or_path), settings.teacher_model
     several = several_teachers(settings)
     nobody = teacher is None and not several and settings.training.teacher == "model"
     if nobody and settings.training.objective().needs_teacher:
@@ -117,7 +129,7 @@ def check_models_exist(settings: Settings) -> None:
         )
     _require_packages(settings)
     of_several = [(f"teachers: {name}", path) for name, path in several.items()]
-    for key, name in (("model_name_or_path", student), ("teacher_model_name_or_path", teacher), *of_several):
+    for key, name in (("teacher_model_name_or_path", teacher), *of_several):
         if name is not None:
             _require_model(key, name, settings.training.trust_remote_code)
     if teacher is None:
@@ -183,27 +195,15 @@ def check_shapes(settings: Settings, train_data: Dataset, held_out: Dataset | No
 
 
 def load_tokenizers(settings: Settings, conversational: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
-    student, teacher = settings.model.model_name_or_path, settings.teacher_model
-    assert student is not None
-    own = _tokenizer("model_name_or_path", student, settings.model.model_revision, settings)
-    if own.pad_token is None:
-        own.pad_token = own.eos_token
-    if own.eos_token is None:
-        raise DataError("the student's tokenizer has no end token: a student could not learn to stop", "Set its eos_token")
-    template = settings.training.chat_template_path
-    if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
-        raise ConfigError(f"chat_template_path: there is no file {template}", "Check the path")
-    if conversational and own.chat_template is None and template is None:
-        raise DataError(
-            "the data holds messages, but the student's tokenizer has no chat template",
-            "Give chat_template_path, or data in prompt and completion",
-        )
-    _require_k_below(settings, len(own))
+    own = student_tokenizer(settings)
+    require_end_token(own)
+    require_template(settings, own, conversational)
+    require_k_below(settings, len(own))
     for name, path in several_teachers(settings).items():
-        require_same_tokens(own, _tokenizer(f"teachers: {name}", path, "main", settings))
-    if teacher is None:
+        require_same_tokens(own, tokenizer_among_several(settings, name, path))
+    if settings.teacher_model is None:
         return own, None
-    theirs = _tokenizer("teacher_model_name_or_path", teacher, settings.training.teacher_model_revision or "main", settings)
+    theirs = teacher_tokenizer(settings, settings.teacher_model)
     require_same_tokens(own, theirs)
     if own.eos_token_id != theirs.eos_token_id:
         logger.warning(
@@ -215,7 +215,45 @@ def load_tokenizers(settings: Settings, conversational: bool) -> tuple[PreTraine
     return own, theirs
 
 
-def _require_k_below(settings: Settings, tokens: int) -> None:
+def student_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """With the end token that the settings name; where it has no padding token, the end token pads."""
+    own = _tokenizer("model_name_or_path", str(settings.model.model_name_or_path), settings.model.model_revision, settings)
+    if settings.training.eos_token in own.get_vocab():  # what is in no vocabulary TRL refuses
+        own.eos_token = settings.training.eos_token
+    if own.pad_token is None:
+        own.pad_token = own.eos_token
+    return own
+
+
+def teacher_tokenizer(settings: Settings, name: str) -> PreTrainedTokenizerBase:
+    """The one saved with the teacher of that path or hub id."""
+    return _tokenizer("teacher_model_name_or_path", name, settings.training.teacher_model_revision or "main", settings)
+
+
+def tokenizer_among_several(settings: Settings, name: str, path: str) -> PreTrainedTokenizerBase:
+    """That of one of several teachers, by its name."""
+    return _tokenizer(f"teachers: {name}", path, "main", settings)
+
+
+def require_end_token(own: PreTrainedTokenizerBase) -> None:
+    if own.eos_token is None:
+        raise DataError("the student's tokenizer has no end token: a student could not learn to stop", "Set eos_token")
+
+
+def require_template(settings: Settings, own: PreTrainedTokenizerBase, conversational: bool) -> None:
+    """Refuses a template's file that is not there, and messages without a template."""
+    template = settings.training.chat_template_path
+    if template is not None and template.endswith((".jinja", ".j2")) and not Path(template).is_file():
+        raise ConfigError(f"chat_template_path: there is no file {template}", "Check the path")
+    if conversational and own.chat_template is None and template is None:
+        raise DataError(
+            "the data holds messages, but the student's tokenizer has no chat template",
+            "Give chat_template_path, or data in prompt and completion",
+        )
+
+
+def require_k_below(settings: Settings, tokens: int) -> None:
+    """Refuses a rank among the whole vocabulary or more."""
     gate: Any = settings.training.objective().gate
     gate = gate.gate if isinstance(gate, (Inverted, MatchedRandom)) else gate
     if isinstance(gate, (TopK, TwoSided, LabelInTopK)) and gate.verify_top_k >= tokens:

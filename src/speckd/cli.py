@@ -78,6 +78,22 @@ def cache(
     capture(config, recipe, context.args)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def doctor(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="A flat YAML file of settings, in TRL's names.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped method: 'speckd recipes' lists them.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Read every byte of a cache, however large.")] = False,
+) -> None:
+    """What would go wrong in a run, before it: nothing is trained or written. Exit code 2 where something would."""
+    _say_to_people()
+    from speckd.doctor.page import doctor as run
+
+    if not run(config, recipe, context.args, as_json, thorough):
+        raise typer.Exit(2)
+
+
 @app.command()
 def quickstart(
     output_dir: Annotated[Path, typer.Option("--output-dir", "--output_dir", help="A new folder for the results.")] = Path(

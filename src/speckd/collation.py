@@ -3,16 +3,19 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from trl import pack_dataset
 
 from speckd.compatibility import SharedVocabulary
 from speckd.errors import CapabilityError, DataError, VocabularyError
-from speckd.tokens import TokenBatch
+from speckd.teachers.source import Question
+from speckd.tokens import TokenBatch, supervised_rows, token_batch
 from speckd.trl_internals import DataCollatorForLanguageModeling
 from speckd.types import IGNORED_LABEL
 
@@ -109,23 +112,25 @@ def spread_sample_ids(prepared: Dataset, packing: bool, max_length: int | None, 
 @dataclass(frozen=True)
 class Wanted:
     """One sequence of a data set, [T] token ids, and where a teacher is asked about it, [n] positions: at t about the token at
-    t + 1. `row`: of the data set, from 1, for messages."""
+    t + 1. `row`: of the data set, from 1, for messages; `teacher`: the number of its own, where several share the samples."""
 
     token_ids: Tensor
     positions: Tensor
     row: int
+    teacher: int | None = None
 
 
 def sequences_in(dataset: Dataset) -> Iterator[Wanted]:
     """A prepared data set, packed or not, taken apart into its samples."""
     for row in dataset:
         ids, labels, samples = (torch.tensor(row[column]) for column in ("input_ids", "labels", SAMPLE))
-        borders = (samples[1:] != samples[:-1]).nonzero()[:, 0] + 1
-        parts = (part.tensor_split(borders) for part in (ids, labels, samples))
-        for own, own_labels, sample in zip(*parts, strict=True):
-            positions = (own_labels[1:] != IGNORED_LABEL).nonzero()[:, 0]
+        teachers = torch.tensor(row[TEACHER]) if TEACHER in row else None
+        borders = [0, *((samples[1:] != samples[:-1]).nonzero()[:, 0] + 1).tolist(), len(samples)]
+        for start, end in pairwise(borders):
+            positions = (labels[start + 1 : end] != IGNORED_LABEL).nonzero()[:, 0]
             if len(positions):
-                yield Wanted(own, positions, int(sample[0]) + 1)
+                teacher = None if teachers is None else int(teachers[start])
+                yield Wanted(ids[start:end], positions, int(samples[start]) + 1, teacher)
 
 
 def distinct(wanted: Iterable[Wanted]) -> list[Wanted]:
@@ -136,6 +141,20 @@ def distinct(wanted: Iterable[Wanted]) -> list[Wanted]:
         known = found.get(key)
         found[key] = one if known is None else replace(known, positions=torch.cat([known.positions, one.positions]).unique())
     return list(found.values())
+
+
+def question_about(asked: Sequence[Wanted], vocabulary: SharedVocabulary, device: torch.device) -> Question:
+    """Some sequences as one batch, padded on the right, on a device; its samples are numbered from 0."""
+    labels = [torch.full_like(one.token_ids, IGNORED_LABEL) for one in asked]
+    for target, one in zip(labels, asked, strict=True):
+        target[one.positions + 1] = one.token_ids[one.positions + 1]
+    tokens = pad_sequence([one.token_ids for one in asked], batch_first=True).to(device)
+    mask = pad_sequence([torch.ones_like(one.token_ids) for one in asked], batch_first=True).to(device)
+    targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL).to(device)
+    batch = token_batch(tokens, vocabulary.labels(targets), mask)
+    numbers = [-1 if one.teacher is None else one.teacher for one in asked]
+    teachers = torch.tensor(numbers, device=device)[:, None].where(mask == 1, -1) if max(numbers) >= 0 else None
+    return Question({"input_ids": tokens, "attention_mask": mask}, batch, supervised_rows(batch), teachers)
 
 
 def require_known_tokens(dataset: Dataset, vocabulary: SharedVocabulary, name: str) -> None:

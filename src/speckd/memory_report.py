@@ -16,7 +16,7 @@ from speckd.checks import reason_of, several_teachers
 from speckd.data import longest_row_of
 from speckd.dry_run import BatchShape, ModelShape, RunShape, step_facts
 from speckd.errors import ConfigError
-from speckd.memory_plan import GIB, MIB, MemoryPlan, Parts, plan
+from speckd.memory_plan import GIB, MIB, MemoryPlan, Parts, StepFacts, plan
 from speckd.settings import Settings, student_options
 from speckd.trainer import teacher_options
 
@@ -37,11 +37,12 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Foreseen:
-    """A run's plan. `batch`: the largest; `chunk`: tokens whose logits are held at once; `free`: bytes."""
+    """A run's plan. `free`: bytes; `facts`: what the plan was made from."""
 
     plan: MemoryPlan
     run: RunShape
     free: int
+    facts: StepFacts
 
     def __str__(self) -> str:
         peak, batch = self.plan.peak, self.run.batch
@@ -94,18 +95,35 @@ def foresee_memory(
     """
     if settings.training.local_process_index != 0:
         return
-    try:
-        run = _run_shape(settings, adapter, data, tokenizers[0])
-        foreseen = Foreseen(plan(step_facts(run)), run, free_bytes(run.device))
-    except ConfigError:
-        raise
-    except Exception as error:  # a model's own code may do what tensors without numbers cannot
-        logger.info("Memory: not foreseen (%s).", reason_of(error))
+    foreseen = foresee(settings, adapter, data, tokenizers[0])
+    if isinstance(foreseen, str):
+        logger.info("Memory: not foreseen (%s).", foreseen)
         return
     logger.info("%s", foreseen)
     remedy = foreseen.remedy()
     if remedy is not None:
         logger.warning("Memory: this is more than is free and may end the run; %s.", remedy)
+
+
+def foresee(
+    settings: Settings,
+    adapter: PeftConfig | None,
+    data: tuple[Dataset, Dataset | None],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Foreseen | str:
+    """The plan, or in words why there is none.
+
+    Raises:
+        ConfigError: `loss_memory_budget` is too small for the vocabulary.
+    """
+    try:
+        run = _run_shape(settings, adapter, data, tokenizer)
+        facts = step_facts(run)
+        return Foreseen(plan(facts), run, free_bytes(run.device), facts)
+    except ConfigError:
+        raise
+    except Exception as error:  # a model's own code may do what tensors without numbers cannot
+        return reason_of(error)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from speckd.run import leave_together, prepared_trainer, say_things_once
+from speckd.run import leave_together, nothing_kept, prepared_trainer, say_things_once
 from speckd.settings import load_settings
 from speckd.spans import BACKWARD, OPTIMIZER, PREFIX, span, timing
 from speckd.trainer import SpecKDTrainer
@@ -40,7 +40,7 @@ def profile(config: Path | None, recipe: str | None, flags: list[str], steps: in
         SpeckdError: for whatever `speckd train` would refuse.
     """
     with TemporaryDirectory(prefix="speckd-profile-") as folder:
-        settings = load_settings(config, recipe, [*flags, *_nothing_but_steps(folder, WARM_UP + steps)])
+        settings = load_settings(config, recipe, [*flags, *nothing_kept(folder), "--max_steps", str(WARM_UP + steps)])
         settings.training.include_num_input_tokens_seen = "non_padding"  # the command line knows it as a truth value only
         say_things_once(settings)
         trainer = prepared_trainer(settings, Path(folder))
@@ -48,18 +48,6 @@ def profile(config: Path | None, recipe: str | None, flags: list[str], steps: in
         if trainer.is_world_process_zero():
             print(found.table())
         leave_together(trainer)
-
-
-def _nothing_but_steps(folder: str, steps: int) -> list[str]:
-    """Flags that come last and so count: no checkpoint, no evaluation, no report."""
-    values = {
-        "output_dir": folder,
-        "max_steps": str(steps),
-        "report_to": "none",
-        **dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "no"),
-        **dict.fromkeys(("eval_on_start", "load_best_model_at_end", "push_to_hub"), "false"),
-    }
-    return [word for key, value in values.items() for word in (f"--{key}", value)]
 
 
 def measured(trainer: SpecKDTrainer) -> "StepProfile":

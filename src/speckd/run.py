@@ -101,9 +101,9 @@ def prepared_trainer(settings: Settings, output: Path) -> SpecKDTrainer:
     check_shapes(settings, train_data, held_out)
     tokenizers = load_tokenizers(settings, is_conversational(train_data))
     _announce(settings, len(train_data), 0 if held_out is None else len(held_out))
-    adapter = _adapter(settings.model)
+    adapter = adapter_of(settings.model)
     foresee_memory(settings, adapter, (train_data, held_out), tokenizers)
-    trainer = _trainer(settings, output, train_data, held_out, tokenizers, adapter)
+    trainer = new_trainer(settings, output, train_data, held_out, tokenizers, adapter)
     _describe(trainer)
     return trainer
 
@@ -124,7 +124,18 @@ def say_things_once(settings: Settings) -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _trainer(
+def nothing_kept(folder: str) -> list[str]:
+    """Flags for a trainer that is to leave nothing behind; they come last and so count: no checkpoint, evaluation, report."""
+    values = {
+        "output_dir": folder,
+        "report_to": "none",
+        **dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "no"),
+        **dict.fromkeys(("eval_on_start", "load_best_model_at_end", "push_to_hub"), "false"),
+    }
+    return [word for key, value in values.items() for word in (f"--{key}", value)]
+
+
+def new_trainer(
     settings: Settings,
     output: Path,
     train_data: Dataset,
@@ -168,7 +179,7 @@ def _trainer(
             raise ConfigError(reason_of(error), "Correct the setting named there") from error
 
 
-def _adapter(model: ModelConfig) -> Any:
+def adapter_of(model: ModelConfig) -> Any:
     """PEFT's settings, or None."""
     config = get_peft_config(model)
     if config is None:
@@ -237,6 +248,12 @@ def _announce(settings: Settings, rows: int, held_out: int) -> None:
 
 
 def _describe(trainer: SpecKDTrainer) -> None:
+    for line in described(trainer):
+        logger.info("%s", line)
+
+
+def described(trainer: SpecKDTrainer) -> Iterator[str]:
+    """Models and teachers as they are loaded, a line each."""
     several = [(model, f"Teacher {name}") for name, model in trainer.teachers.items()]
     for model, name in ((trainer.model, "Student"), (trainer.teacher, "Teacher"), *several):
         if model is not None:
@@ -244,16 +261,16 @@ def _describe(trainer: SpecKDTrainer) -> None:
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
             trained = f", {learning:,} of them trained" if 0 < learning < size else ""
             kind = f"{model.dtype}, quantised" if getattr(model, "is_quantized", False) else model.dtype
-            logger.info("%s: %s parameters%s, %s, on %s.", name, f"{size:,}", trained, kind, model.device)
+            yield f"{name}: {size:,} parameters{trained}, {kind}, on {model.device}."
     for shards in trainer.shards:
-        logger.info("Teacher: %s (%s).", shards, trainer.args.teacher_sharding)
+        yield f"Teacher: {shards} ({trainer.args.teacher_sharding})."
     mixture = trainer.args.teacher_mixture
     if mixture:
         total = sum(mixture.values())
         shares = ", ".join(f"{weight / total:.3g} {name}" for name, weight in mixture.items())
-        logger.info("Teachers are mixed: each token's probabilities are the sum of %s.", shares)
+        yield f"Teachers are mixed: each token's probabilities are the sum of {shares}."
     if trainer.args.teacher == "base":
-        logger.info("Teacher: the student's own base, its adapter switched off; no second copy of the weights.")
+        yield "Teacher: the student's own base, its adapter switched off; no second copy of the weights."
 
 
 def _teacher_name(settings: Settings) -> str | None:

@@ -28,13 +28,14 @@ logger = logging.getLogger(__name__)
 CANARY = "teacher_canary.json"
 
 
-def source_elsewhere(settings: Settings, tokenizer: Any, width: int) -> TeacherSource | None:
+def source_elsewhere(settings: Settings, tokenizer: Any, width: int, ready_s: float = Timeouts.ready_s) -> TeacherSource | None:
     """The cache or the servers that the settings name; None where the teacher is a model here, or where there is none.
 
     Args:
         settings: of the run.
         tokenizer: the student's.
         width: rows of the student's head.
+        ready_s: how long servers may take to be up when they are probed.
 
     Raises:
         SpeckdError: it does not belong to this run, naming what differs.
@@ -43,7 +44,7 @@ def source_elsewhere(settings: Settings, tokenizer: Any, width: int) -> TeacherS
         case "cache":
             return _cached(settings, tokenizer, width)
         case "server":
-            return _served(settings, len(tokenizer), width)
+            return _served(settings, len(tokenizer), width, ready_s)
         case _:
             return None
 
@@ -83,7 +84,7 @@ def _cached(settings: Settings, tokenizer: Any, width: int) -> CachedSource:
     return CachedSource(store, vocabulary)
 
 
-def _served(settings: Settings, tokens: int, width: int) -> ServedSource:
+def _served(settings: Settings, tokens: int, width: int, ready_s: float) -> ServedSource:
     args = settings.training
     vocabulary = SharedVocabulary(min(tokens, width))
     whole = args.teacher_top_k >= vocabulary.size
@@ -93,7 +94,7 @@ def _served(settings: Settings, tokens: int, width: int) -> ServedSource:
         vocabulary=vocabulary.size,
         top_k=None if whole else args.teacher_top_k,
         model=args.teacher_server_model,
-        timeouts=Timeouts(request_s=args.teacher_server_timeout_s, patience_s=args.teacher_server_patience_s),
+        timeouts=Timeouts(request_s=args.teacher_server_timeout_s, ready_s=ready_s, patience_s=args.teacher_server_patience_s),
         load=Load(concurrency=args.teacher_server_concurrency, tokens=args.teacher_server_tokens),
     )
     return ServedSource(pool, vocabulary, None if whole else args.teacher_top_k)
@@ -116,9 +117,13 @@ def require_ready(trainer: SpecKDTrainer, output: Path) -> None:
             _probe(trainer, trainer.source.pool, output / CANARY)
 
 
+def probe_texts(tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """Texts and their token ids by the student's tokenizer, for `ServerPool.probe`."""
+    return [(text, tokenizer.encode(text, add_special_tokens=False)) for text in PROBES]
+
+
 def _probe(trainer: SpecKDTrainer, pool: ServerPool, remembered: Path) -> None:
-    tokenizer = trainer.processing_class
-    texts = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in PROBES]
+    texts = probe_texts(trainer.processing_class)
     before = None
     if remembered.is_file() and trainer.args.resume_from_checkpoint:
         values = json.loads(remembered.read_text())

@@ -179,7 +179,7 @@ class SpecKDTrainer(SFTTrainer):
         self.teacher: Any = None  # the model, where it is one in this process
         self.teachers: dict[str, Any] = {}  # where there are several
         self.shards: list[ShardedModel] = []  # of the teachers, where they are cut over processes
-        self._model_sources: list[ModelSource] = []  # of teachers with weights of their own in this process
+        self.model_sources: list[ModelSource] = []  # of teachers with weights of their own in this process
         self.source = teacher_source or self._source_of(teacher_model, teacher_processing_class, width)
         self.vocabulary = SharedVocabulary(width) if self.source is None else self.source.vocabulary
         # Of SFT the teacher is but a measure.
@@ -191,7 +191,7 @@ class SpecKDTrainer(SFTTrainer):
         self._how = args.chunk_size(self._training_vocabulary.size), early
         self._check_models()
         self._check_data()
-        for source in self._model_sources:
+        for source in self.model_sources:
             source.sharing = self._prompt_sharing(source)
         self._tally, self._watch = AcceptanceTally(), StarvationWatch(args.starvation_threshold, args.starvation_patience)
         self._logged_step: int | None = None
@@ -217,7 +217,7 @@ class SpecKDTrainer(SFTTrainer):
             return self._base_source(width) if self.args.teacher == "base" else None
         self.teacher = self._loaded_teacher(teacher)
         source = ModelSource(self.teacher, self._vocabulary_with(self.teacher, tokenizer, width), self.accelerator.device)
-        self._model_sources = [source]
+        self.model_sources = [source]
         return source
 
     def _loaded_teacher(self, teacher: Any) -> Any:
@@ -233,10 +233,10 @@ class SpecKDTrainer(SFTTrainer):
     def _source_of_several(self, width: int) -> TeacherSource:
         axes = common_axis([self._vocabulary_with(model, None, width) for model in self.teachers.values()])
         device, mixture = self.accelerator.device, self.args.teacher_mixture
-        self._model_sources = [ModelSource(*each, device) for each in zip(self.teachers.values(), axes, strict=True)]
+        self.model_sources = [ModelSource(*each, device) for each in zip(self.teachers.values(), axes, strict=True)]
         if mixture is None:
-            return RoutedSource(self._model_sources)
-        return MixedSource(self._model_sources, [mixture[name] for name in self.teachers])
+            return RoutedSource(self.model_sources)
+        return MixedSource(self.model_sources, [mixture[name] for name in self.teachers])
 
     def _base_source(self, width: int) -> BaseSource:
         own = self.processing_class
@@ -313,7 +313,7 @@ class SpecKDTrainer(SFTTrainer):
         for name, dataset in held_out.items():
             if dataset is not None:
                 require_known_tokens(dataset, self.vocabulary, name)
-        for source in self._model_sources if self.objective.needs_teacher else ():
+        for source in self.model_sources if self.objective.needs_teacher else ():
             if not source.vocabulary.teacher_only:
                 continue
             dropped = self.mass(source.model, torch.tensor(source.vocabulary.teacher_only), source.device)
@@ -538,13 +538,13 @@ class SpecKDTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._window_metrics()
+            logs |= self.window_metrics()
         if "train_loss" in logs and self._run_loss[1]:
             logs["train_loss"] = self._run_loss[0] / self._run_loss[1]
-            self._window_metrics()  # the steps since the last log may have starved, too
+            self.window_metrics()  # the steps since the last log may have starved, too
         super().log(logs, start_time)
 
-    def _window_metrics(self) -> dict[str, float]:
+    def window_metrics(self) -> dict[str, float]:
         """Means over the steps since the last log, on all processes."""
         losses, self._step_losses = self._step_losses, []
         tally, self._tally = self._tally, AcceptanceTally()

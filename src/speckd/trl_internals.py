@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerState
+from trl import get_training_chat_template
+from trl.chat_template_utils import has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from speckd.lookahead import Remembered
@@ -15,6 +17,7 @@ __all__ = [
     "call_through",
     "finish_from_checkpoint",
     "is_sharded_by_deepspeed_or_fsdp",
+    "marks_assistant",
     "remember_order",
     "save_checkpoint",
 ]
@@ -72,6 +75,16 @@ def save_checkpoint(trainer: Any) -> str | None:
     if not folder.is_dir():
         trainer._save_checkpoint(trainer.model, trial=None)
     return str(folder)
+
+
+def marks_assistant(tokenizer: Any) -> bool:
+    """Does the chat template tell the assistant's turns apart, by itself or in the form that TRL has for it?"""
+    if has_generation_markers(tokenizer.chat_template):
+        return True
+    try:
+        return get_training_chat_template(tokenizer) is not None
+    except ValueError:  # a template that TRL does not know
+        return False
 
 
 def is_sharded_by_deepspeed_or_fsdp(trainer: Any) -> bool:

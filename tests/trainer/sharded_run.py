@@ -25,7 +25,7 @@ def facts(trainer: SpecKDTrainer) -> dict[str, Any]:
         "whole": sum(4 * (p.numel() if isinstance(p, DTensor) else getattr(p, "ds_numel", p.numel())) for p in in_layers),
         "head": list(head.shape),
         "head_is_embedding": head is models[0].get_input_embeddings().weight,
-        "sharing": [source.sharing is not None for source in trainer._model_sources],
+        "sharing": [source.sharing is not None for source in trainer.model_sources],
         "training": any(module.training for model in models for module in model.modules()),
         "learning": any(p.requires_grad for model in models for p in model.parameters()),
         "ddp": type(trainer.model_wrapped).__name__,

@@ -19,7 +19,7 @@ from speckd.dry_run import step_facts
 from speckd.errors import CapabilityError
 from speckd.head import LMHead
 from speckd.memory_report import _run_shape
-from speckd.run import _adapter
+from speckd.run import adapter_of
 from speckd.settings import load_settings
 from speckd.tasks import build_tokenizer
 from speckd.teachers.base import without_adapter
@@ -145,7 +145,7 @@ def test_the_plan_counts_no_second_model(world: World, tmp_path: Path) -> None:
     for flags in (with_base, with_copy):
         settings = load_settings(None, None, flags(world.student, world.data, tmp_path / "out"))
         rows = Dataset.from_list(task_rows(8))
-        facts.append(step_facts(_run_shape(settings, _adapter(settings.model), (rows, rows), build_tokenizer())))
+        facts.append(step_facts(_run_shape(settings, adapter_of(settings.model), (rows, rows), build_tokenizer())))
     base, copy = facts
     assert base.teacher == 0 < copy.teacher and base.teacher_forward.kept == copy.teacher_forward.kept > 0
     assert base.evaluation.teacher.peak > 0  # type: ignore[union-attr]

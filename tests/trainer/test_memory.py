@@ -222,8 +222,9 @@ def test_what_cannot_be_foreseen_stops_nothing(world: World, tmp_path: Path, cap
 
 def foreseen(free: float, rows: int = 8, **more: Any) -> Foreseen:
     run = run_of(CONFIGS["qwen3"], BatchShape(rows, 64), **more)
-    found = plan(step_facts(run))
-    return Foreseen(found, run, int(free * found.peak.total))
+    facts = step_facts(run)
+    found = plan(facts)
+    return Foreseen(found, run, int(free * found.peak.total), facts)
 
 
 def test_the_cure_fits_the_ailment() -> None:

@@ -1,0 +1,1 @@
+"""`speckd doctor`: what would go wrong in a run, found before it, each with its fix."""
