@@ -217,7 +217,7 @@ def one_candidate_command(setting: Setting, args: argparse.Namespace) -> None:
 
 def memory_command(setting: Setting, args: argparse.Namespace) -> None:
     require_memory_clock(setting.device)
-    taking_part = participants(setting, lambda candidate: candidate.family in args.families)
+    taking_part = participants(setting, lambda candidate: candidate.family in args.families and args.only in candidate.name)
     count, vocabulary = round(setting.shape.positions * setting.shape.supervised), setting.shape.vocabulary
     chunk = setting.chunk or our_chunk(count, vocabulary, setting.device.type)
     element = torch.finfo(setting.dtype).bits // 8
@@ -235,7 +235,13 @@ def memory_command(setting: Setting, args: argparse.Namespace) -> None:
         f"process of its own. dW, the head's gradient, is V · Hs; a buffer is {chunk * vocabulary * 4 / MIB:.0f} MiB, for "
         f"every candidate.\n\n{markdown(head_names, cells)}"
     )
-    report(setting, args, f"memory-{setting.slug}", text, {"candidates": rows, "chunk": chunk})
+    report(
+        setting,
+        args,
+        f"memory-{setting.slug}{'-' + args.only if args.only else ''}",
+        text,
+        {"candidates": rows, "chunk": chunk},
+    )
 
 
 # ---- growth --------------------------------------------------------------------------------------------------------------
@@ -329,6 +335,8 @@ def parse() -> argparse.Namespace:
         command.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
         if name in ("time", "memory"):
             command.add_argument("--families", nargs="+", choices=FAMILIES, default=default_families(name))
+        if name == "memory":
+            command.add_argument("--only", default="", help="only candidates with this in their name, such as ours")
         if name in ("time", "growth"):
             command.add_argument("--repeats", type=int, default=5)
         if name == "growth":
