@@ -1,7 +1,7 @@
 """Episodes of a training's questions against servers that misbehave, and what each behaviour may lead to."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from tests.teachers.toy import VOCABULARY, Toy, same, tokenized
 SEEDS = int(os.environ.get("SPECKD_SERVER_SEEDS", "2"))
 TOP_K = 4
 BATCHES, QUESTIONS = 20, 2
-TIMES = Timeouts(connect_s=0.5, read_s=0.3, request_s=0.8, ready_s=5.0, patience_s=2.0, backoff_s=0.005, longest_backoff_s=0.05)
-LOAD = Load(concurrency=4, tokens=60, attempts=8)
+TIMES = Timeouts(connect_s=0.5, read_s=0.3, request_s=0.8, ready_s=5.0, patience_s=1.0, backoff_s=0.005, longest_backoff_s=0.05)
+LOAD = Load(concurrency=4, tokens=60, attempts=6)
 TEXTS = [("a canary sings", tokenized("a canary sings")), ("x", tokenized("x"))]
 
 
@@ -32,6 +32,15 @@ class Behaviour:
     share: float = 0.3
     start: int = 3  # the start itself has three
     ends: bool | None = None
+
+    @property
+    def times(self) -> Timeouts:
+        """Where the run must not end, a busy machine or a bad row of draws must not end it either."""
+        return replace(TIMES, patience_s=60) if self.ends is False else TIMES
+
+    @property
+    def load(self) -> Load:
+        return replace(LOAD, attempts=15) if self.ends is False else LOAD
 
 
 #: What a fair share of good answers must be enough for.
@@ -106,8 +115,8 @@ def play(
             dialect or VLLM(),
             vocabulary=VOCABULARY,
             top_k=top_k,
-            timeouts=TIMES,
-            load=LOAD,
+            timeouts=behaviour.times,
+            load=behaviour.load,
         ) as pool:
             pool.probe(longest=32, texts=TEXTS)
 

@@ -50,11 +50,6 @@ class Call:
         choice = self.good["choices"][self.draws.integers(len(self.good["choices"]))]["prompt_logprobs"]
         return choice[self.draws.integers(1, len(choice))]
 
-    def reset(self) -> None:
-        """RST instead of FIN."""
-        self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.writer.transport.abort()
-
 
 Fault = Callable[[Call], Awaitable[None]]
 
@@ -64,6 +59,13 @@ def framed(body: bytes, status: int = 200, headers: dict[str, str] | None = None
     lines = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
     head = "\r\n".join([f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in lines.items())])
     return f"{head}\r\n\r\n".encode() + body
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """RST instead of FIN."""
+    with suppress(OSError):  # it may be gone already
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
 
 
 @dataclass(eq=False)
@@ -124,8 +126,7 @@ class FaultyServer:
             self._listening.close()
             self._listening = None
         for writer in list(self._writers):
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            writer.transport.abort()
+            reset(writer)
         if back_after_s is not None:
             self._loop.call_later(back_after_s, lambda: self._loop.create_task(self._come_back()))
         for task in asyncio.all_tasks(self._loop) - {asyncio.current_task()}:
@@ -244,7 +245,7 @@ async def reset_at_a_byte(call: Call) -> None:
     call.writer.write(call.raw[: call.draws.integers(len(call.raw))])
     with suppress(ConnectionError):
         await call.writer.drain()
-    call.reset()
+    reset(call.writer)
 
 
 async def end_at_a_byte(call: Call) -> None:
