@@ -40,6 +40,7 @@ from speckd.tokens import TokenBatch, sequences, supervised_rows, token_batch
 from speckd.types import DenseSignal, TeacherRows
 from tests.served.test_real_vllm import PYTHON, QUICKSTART, STORIES, TIMES, Local, free_port
 from tests.served.vllm_cpu import RealServer
+from tests.served.widened import widen
 
 OBJECTIVE = Objective(TopK(5), Mask())
 TOP_K = 32
@@ -193,8 +194,8 @@ def main() -> int:
             place = Path(stack.enter_context(TemporaryDirectory()))
             url = None
             if PYTHON:
-                log = place / "vllm.log"
-                url = stack.enter_context(RealServer(PYTHON, folder, free_port(), log, "--max-logprobs", "-1")).url
+                model = widen(folder, place / "teacher")
+                url = stack.enter_context(RealServer(PYTHON, model, free_port(), place / "log", "--max-logprobs", "-1")).url
             for name, gap in gaps(folder, place, url):
                 cells = [f"{gap.tokens} ({gap.accepted})", str(gap.verdicts), f"{gap.loss:.1e}", f"{gap.gradients:.1e}"]
                 print("|", " | ".join([title, name, *cells, f"{gap.of_whole:.4f}"]), "|", flush=True)

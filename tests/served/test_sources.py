@@ -7,6 +7,7 @@ import pytest
 from tests.served.sources import gaps
 from tests.served.test_real_vllm import PYTHON, QUICKSTART, STORIES, free_port
 from tests.served.vllm_cpu import RealServer
+from tests.served.widened import widen
 
 #: Relative: of the loss and of the gradients. 16 bits a log-probability; a server's own arithmetic.
 BOUNDS = {"32 bits": (1e-6, 1e-6), "16 bits": (1e-4, 1e-3), "vLLM": (1e-4, 1e-3)}
@@ -32,5 +33,6 @@ def test_cached(name: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not PYTHON, reason="NO REAL SERVER WAS TESTED: SPECKD_VLLM is not set (vllm_cpu.py)")
 @pytest.mark.parametrize("name", MODELS)
 def test_served(name: str, tmp_path: Path) -> None:
-    with RealServer(PYTHON, MODELS[name], free_port(), tmp_path / "log", "--max-logprobs", "-1") as server:
+    model = widen(MODELS[name], tmp_path / "teacher")
+    with RealServer(PYTHON, model, free_port(), tmp_path / "log", "--max-logprobs", "-1") as server:
         check(MODELS[name], tmp_path, server.url)
