@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 #: Okabe and Ito's colours, told apart without colour by line and marker.
 STYLES = [("#000000", ":", ""), ("#0072B2", "-", "o"), ("#E69F00", "--", "s"), ("#009E73", "-.", "^"), ("#D55E00", "-", "v")]
@@ -34,8 +35,9 @@ def draw(points: list[dict[str, Any]], words: str, path: Path) -> None:
         grid[1, column].plot(values, least, color="#000000", linestyle=":")
         grid[0, column].set(ylim=0, title=f"against {axis}")
         grid[1, column].set(yscale="log", xlabel=LABELS[axis])
+        grid[1, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         grid[1, column].yaxis.set_major_formatter("{x:g}")
-        grid[1, column].yaxis.set_minor_formatter("{x:g}")
+        grid[1, column].yaxis.set_minor_locator(NullLocator())
         for row in grid[:, column]:
             row.grid(alpha=0.3)
             row.set_xticks(values, [f"{value / 1000:.0f} k" if axis == "vocabulary" else f"{value:g}" for value in values])

@@ -8,6 +8,8 @@ import pytest
 
 import tests.teachers.faulty_server as f
 from speckd import teacher_sources
+from speckd.teachers.client import ServerPool
+from speckd.teachers.served import ServedSource
 from tests.teachers.episodes import BEHAVIOURS, TIMES, Behaviour
 from tests.tiny import common_flags, log_of, run_cli, write_model
 from tests.trainer.conftest import World
@@ -56,16 +58,19 @@ def test_the_same_curve_as_with_the_teacher_in_process(how: str, narrow: World, 
     assert curve(tmp_path / "out", "tar") == pytest.approx(curve(tmp_path / "whole", "tar"), abs=1e-12)
 
 
-def test_the_teacher_is_asked_ahead_and_each_row_once(narrow: World, tmp_path: Path) -> None:
-    with served(narrow.teacher) as server:
-        flags = flags_of(narrow, tmp_path / "out", *use(server.url), "--num_train_epochs", "2", "--teacher_prefetch", "3")
-        assert run_cli(flags) == 0
-        once = sum(server.seen_tokens)
-    with served(narrow.teacher) as server:
-        assert run_cli(flags_of(narrow, tmp_path / "none", *use(server.url), "--teacher_prefetch", "0")) == 0
-        # Without looking ahead the canary goes along with more requests; rows are asked once an epoch either way.
-        assert once <= sum(server.seen_tokens)
-    assert curve(tmp_path / "out") == curve(tmp_path / "none")
+def test_the_teacher_is_asked_ahead_and_each_row_once(narrow: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    ask, launch, ahead = ServerPool.ask, ServedSource.launch, []
+    monkeypatch.setattr(ServerPool, "ask", lambda self, ids, places: (asked.append(len(ids)), ask(self, ids, places))[1])
+    monkeypatch.setattr(ServedSource, "launch", lambda self, question: (ahead.append(len(asked)), launch(self, question))[1])
+    for steps in (3, 0):
+        asked.clear()
+        ahead.clear()
+        with served(narrow.teacher) as server:
+            more = ["--num_train_epochs", "2", "--teacher_prefetch", str(steps)]
+            assert run_cli(flags_of(narrow, tmp_path / str(steps), *use(server.url), *more)) == 0
+        assert len(asked) == 48, "24 rows in each of two epochs"
+    assert curve(tmp_path / "3") == curve(tmp_path / "0")
 
 
 def test_one_server_dies_and_the_other_goes_on(narrow: World, tmp_path: Path) -> None:
