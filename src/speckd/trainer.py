@@ -49,7 +49,7 @@ from speckd.errors import (
 )
 from speckd.evaluate import HeldOutSums, measure
 from speckd.head import LMHead, check_head
-from speckd.lookahead import Announced, Lookahead
+from speckd.lookahead import Lookahead
 from speckd.metrics import AcceptanceTally, StarvationWatch
 from speckd.objective import Objective
 from speckd.spans import DATA, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, span
@@ -62,7 +62,7 @@ from speckd.teachers.sharding import ShardedModel, shard
 from speckd.teachers.shared_prompt import PromptSharing, may_pay, why_not_shared
 from speckd.teachers.source import PendingAnswer, Question, TeacherSource, require_answers
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
-from speckd.trl_internals import call_through, is_sharded_by_deepspeed_or_fsdp, remember_order
+from speckd.trl_internals import announce_batches, call_through, is_sharded_by_deepspeed_or_fsdp, remember_order
 from speckd.types import Capabilities, TeacherRows
 
 logger = logging.getLogger(__name__)
@@ -396,7 +396,7 @@ class SpecKDTrainer(SFTTrainer):
             self._expect,
         )
         remember_order(loader, ahead.begin)
-        loader.collate_fn = Announced(loader.collate_fn, ahead.collated)
+        announce_batches(loader, ahead.collated)
         return loader
 
     def _expect(self, examples: list[Any]) -> None:

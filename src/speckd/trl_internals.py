@@ -10,10 +10,11 @@ from trl import get_training_chat_template
 from trl.chat_template_utils import has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from speckd.lookahead import Remembered
+from speckd.lookahead import Announced, Remembered
 
 __all__ = [
     "DataCollatorForLanguageModeling",
+    "announce_batches",
     "call_through",
     "finish_from_checkpoint",
     "is_sharded_by_deepspeed_or_fsdp",
@@ -65,6 +66,12 @@ def remember_order(loader: Any, begin: Callable[[list[int]], None]) -> None:
     while not hasattr(batches, "sampler"):  # Accelerate's wrappers: a process's share
         batches = batches.batch_sampler
     batches.sampler = Remembered(batches.sampler, begin)
+
+
+def announce_batches(loader: Any, said: Callable[[list[Any]], None]) -> None:
+    """Has `said` called with the rows of each batch that is made: in Accelerate's wrapper, by the loader inside."""
+    inside = getattr(loader, "base_dataloader", loader)
+    inside.collate_fn = Announced(inside.collate_fn, said)
 
 
 def save_checkpoint(trainer: Any) -> str | None:

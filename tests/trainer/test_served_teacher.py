@@ -70,6 +70,7 @@ def test_the_teacher_is_asked_ahead_and_each_row_once(narrow: World, tmp_path: P
             more = ["--num_train_epochs", "2", "--teacher_prefetch", str(steps)]
             assert run_cli(flags_of(narrow, tmp_path / str(steps), *use(server.url), *more)) == 0
         assert len(asked) == 48, "24 rows in each of two epochs"
+        assert ahead[0] == (24 if steps else 8), "before the first step"
     assert curve(tmp_path / "3") == curve(tmp_path / "0")
 
 
