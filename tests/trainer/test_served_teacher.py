@@ -166,3 +166,14 @@ def test_servers_that_die_before_the_last_measures_cost_no_training(
         resumed = ["--resume_from_checkpoint", "true"]
         assert run_cli(flags_of(narrow, tmp_path / "out", *use(server.url), *more, *resumed)) == 0
     assert len(log_of(tmp_path / "out")) == 6 and (tmp_path / "out" / "results.json").is_file()
+
+
+def test_the_folder_of_a_run_that_lost_its_teacher_at_once_can_be_used_again(
+    narrow: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(narrow.teacher) as server:
+        with monkeypatch.context() as lost:
+            lost.setattr(SpecKDTrainer, "train", Mock(side_effect=TeacherLostError("gone", "")))
+            assert run_cli(flags_of(narrow, tmp_path / "out", *use(server.url))) == 4
+        assert (tmp_path / "out" / "teacher_canary.json").is_file()
+        assert run_cli(flags_of(narrow, tmp_path / "out", *use(server.url))) == 0
