@@ -205,3 +205,10 @@ def test_killed_or_shared_by_processes_a_capture_ends_with_the_same_bytes(world:
     )
     assert capture(tmp_path / "killed") == 0 and contents(tmp_path / "killed") == wanted
     assert capture(tmp_path / "shared", processes=2) == 0 and contents(tmp_path / "shared") == wanted
+
+
+def test_drawn_tokens_are_no_bound_for_spec(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    use = cache_of(world, tmp_path / "drawn", "--teacher_cache_kind", "sampled")
+    spec = ["--gate", "spec", "--gate_options", '{"allow_lower_bound": true}', "--rejected", "mask"]
+    assert run_cli(flags_of(world, tmp_path / "out", *spec, *use)) == 2
+    assert "drawn at random" in capsys.readouterr().err.splitlines()[-1]
