@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,20 @@ def test_drawn_tokens_are_no_bound_for_spec(world: World, tmp_path: Path, capsys
     spec = ["--gate", "spec", "--gate_options", '{"allow_lower_bound": true}', "--rejected", "mask"]
     assert run_cli(flags_of(world, tmp_path / "out", *spec, *use)) == 2
     assert "drawn at random" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_teacher_that_lacks_a_token_in_the_middle(world: World, tmp_path: Path) -> None:
+    """Then the shared axis has other numbers than the tokens."""
+    teacher = shutil.copytree(world.teacher, tmp_path / "teacher")
+    file = teacher / "tokenizer.json"
+    values = json.loads(file.read_text())
+    del values["model"]["vocab"]["0"]
+    file.write_text(json.dumps(values))
+    lacking = replace(world, teacher=teacher)
+    more = ["--max_dropped_mass", "1"]
+    use = cache_of(lacking, tmp_path / "cache", "--teacher_cache_kind", "full", "--teacher_cache_bits", "32", *more)
+    assert run_cli(flags_of(lacking, tmp_path / "whole", *TOP_K, *more)) == 0
+    assert run_cli(flags_of(lacking, tmp_path / "out", *TOP_K, *more, *use)) == 0
+    assert Store.open(tmp_path / "cache").manifest.provenance["vocabulary"]["ids"] is not None
+    assert curve(tmp_path / "out", "tar") == curve(tmp_path / "whole", "tar")
+    assert curve(tmp_path / "out", "loss")[0] == pytest.approx(curve(tmp_path / "whole", "loss")[0], rel=1e-6)
