@@ -143,7 +143,8 @@ def _announce(wanted: Sequence[Wanted], layout: Layout, shards: int, folder: Pat
         shards,
         size_of(free),
     )
-    if needed > free:
+    there = sum(path.stat().st_size for path in folder.glob("shard-*"))
+    if needed - there > free:
         raise ConfigError(
             f"teacher_cache_dir: the cache takes about {size_of(needed)}, but {place} has {size_of(free)} free",
             "Lower teacher_top_k, take teacher_cache_bits: 16, or name a folder on a larger disk",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from speckd import capture
 from speckd.cli import main
 from speckd.teachers.store import Store
 from tests.repository.files import ROOT
@@ -230,3 +231,12 @@ def test_a_teacher_that_lacks_a_token_in_the_middle(world: World, tmp_path: Path
     assert Store.open(tmp_path / "cache").manifest.provenance["vocabulary"]["ids"] is not None
     assert curve(tmp_path / "out", "tar") == curve(tmp_path / "whole", "tar")
     assert curve(tmp_path / "out", "loss")[0] == pytest.approx(curve(tmp_path / "whole", "loss")[0], rel=1e-6)
+
+
+def test_a_capture_that_goes_on_needs_room_for_what_is_missing_only(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_of(world, tmp_path / "cache")
+    monkeypatch.setattr(capture, "free_beside", lambda folder: (folder, 1000))
+    cache_of(world, tmp_path / "cache")
+    assert main(["cache", *flags_of(world, tmp_path / "unused", "--teacher_cache_dir", str(tmp_path / "other"))]) == 2
