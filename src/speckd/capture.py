@@ -59,7 +59,7 @@ def _fill(folder: Path, settings: Settings, trainer: SpecKDTrainer) -> None:
     layout = layout_of(settings, trainer.vocabulary)
     shards = cut_into_shards(wanted, layout)
     _announce(wanted, layout, len(shards), folder)
-    keys = [[sequence_key(one.token_ids) for one in shard] for shard in shards]
+    keys = [[sequence_key(trainer.vocabulary.labels(one.token_ids)) for one in shard] for shard in shards]
     writer = StoreWriter.open(folder, layout, provenance(settings, trainer), keys)
     process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     own = [number for number in writer.missing() if number % processes == process]
@@ -143,7 +143,8 @@ def _announce(wanted: Sequence[Wanted], layout: Layout, shards: int, folder: Pat
         shards,
         size_of(free),
     )
-    if needed > free:
+    there = sum(path.stat().st_size for path in folder.glob("shard-*"))
+    if needed - there > free:
         raise ConfigError(
             f"teacher_cache_dir: the cache takes about {size_of(needed)}, but {place} has {size_of(free)} free",
             "Lower teacher_top_k, take teacher_cache_bits: 16, or name a folder on a larger disk",
@@ -187,7 +188,7 @@ class Answers:
             places = order[start : start + size]
             found |= zip(places, self._batch([shard[place] for place in places]), strict=True)
         for place, one in enumerate(shard):
-            yield one.token_ids, found[place]
+            yield self.trainer.vocabulary.labels(one.token_ids), found[place]  # a store knows the shared axis only
 
     @torch.no_grad()
     def _batch(self, asked: Sequence[Wanted]) -> Iterator[Answer]:

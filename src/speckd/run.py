@@ -68,10 +68,10 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         # A run killed after its last step has nothing left to train.
         if checkpoint is None or not finish_from_checkpoint(trainer, checkpoint):
             trainer.train(resume_from_checkpoint=checkpoint)
+        _warn_of_padding(trainer)
+        end = _measured(trainer)
     except TeacherLostError as error:
         raise _saved(trainer, error) from error
-    _warn_of_padding(trainer)
-    end = _measured(trainer)
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         _publish(settings, trainer, output, start, end)

@@ -154,7 +154,7 @@ def remember_servers(trainer: SpecKDTrainer, output: Path) -> None:
 def _require_covered(trainer: SpecKDTrainer, store: Store) -> None:
     """Refuses data of which a cache knows nothing, before the first step."""
     wanted = trainer.sequences()
-    missing = [one for one in wanted if one.token_ids not in store]
+    missing = [one for one in wanted if trainer.vocabulary.labels(one.token_ids) not in store]
     if missing:
         raise DataError(
             f"teacher_cache_dir: {len(missing)} of {len(wanted)} sequences are not in the cache, first that of row "

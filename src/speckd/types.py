@@ -144,6 +144,7 @@ class TopKSignal:
 
     def log_prob(self, token_ids: Tensor) -> Tensor:
         """[N, C] ids -> [N, C] log-probabilities, −inf where the id is outside the top-K (known only to be small)."""
+        self._require_ranks("any token's probability")  # log_probs are counts then
         found = token_ids[:, :, None] == self.token_ids[:, None, :]
         known = torch.where(found, self.log_probs[:, None, :], -torch.inf)
         return known.amax(-1)

@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from speckd import capture
 from speckd.cli import main
 from speckd.teachers.store import Store
 from tests.repository.files import ROOT
@@ -205,3 +207,36 @@ def test_killed_or_shared_by_processes_a_capture_ends_with_the_same_bytes(world:
     )
     assert capture(tmp_path / "killed") == 0 and contents(tmp_path / "killed") == wanted
     assert capture(tmp_path / "shared", processes=2) == 0 and contents(tmp_path / "shared") == wanted
+
+
+def test_drawn_tokens_are_no_bound_for_spec(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    use = cache_of(world, tmp_path / "drawn", "--teacher_cache_kind", "sampled")
+    spec = ["--gate", "spec", "--gate_options", '{"allow_lower_bound": true}', "--rejected", "mask"]
+    assert run_cli(flags_of(world, tmp_path / "out", *spec, *use)) == 2
+    assert "drawn at random" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_teacher_that_lacks_a_token_in_the_middle(world: World, tmp_path: Path) -> None:
+    """Then the shared axis has other numbers than the tokens."""
+    teacher = shutil.copytree(world.teacher, tmp_path / "teacher")
+    file = teacher / "tokenizer.json"
+    values = json.loads(file.read_text())
+    del values["model"]["vocab"]["0"]
+    file.write_text(json.dumps(values))
+    lacking = replace(world, teacher=teacher)
+    more = ["--max_dropped_mass", "1"]
+    use = cache_of(lacking, tmp_path / "cache", "--teacher_cache_kind", "full", "--teacher_cache_bits", "32", *more)
+    assert run_cli(flags_of(lacking, tmp_path / "whole", *TOP_K, *more)) == 0
+    assert run_cli(flags_of(lacking, tmp_path / "out", *TOP_K, *more, *use)) == 0
+    assert Store.open(tmp_path / "cache").manifest.provenance["vocabulary"]["ids"] is not None
+    assert curve(tmp_path / "out", "tar") == curve(tmp_path / "whole", "tar")
+    assert curve(tmp_path / "out", "loss")[0] == pytest.approx(curve(tmp_path / "whole", "loss")[0], rel=1e-6)
+
+
+def test_a_capture_that_goes_on_needs_room_for_what_is_missing_only(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_of(world, tmp_path / "cache")
+    monkeypatch.setattr(capture, "free_beside", lambda folder: (folder, 1000))
+    cache_of(world, tmp_path / "cache")
+    assert main(["cache", *flags_of(world, tmp_path / "unused", "--teacher_cache_dir", str(tmp_path / "other"))]) == 2

@@ -3,13 +3,16 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 import tests.teachers.faulty_server as f
 from speckd import teacher_sources
+from speckd.errors import TeacherLostError
 from speckd.teachers.client import ServerPool
 from speckd.teachers.served import ServedSource
+from speckd.trainer import SpecKDTrainer
 from tests.teachers.episodes import BEHAVIOURS, TIMES, Behaviour
 from tests.tiny import common_flags, log_of, run_cli, write_model
 from tests.trainer.conftest import World
@@ -147,3 +150,36 @@ def test_whatever_a_server_does_the_log_is_the_fault_free_one(
             more = ["--resume_from_checkpoint", "true"] if (tmp_path / "out" / "config.yaml").exists() else []
             assert run_cli(flags_of(narrow, tmp_path / "out", *use(server.url), *IN_SMALL_REQUESTS, *more)) == 0
     assert curve(tmp_path / "out") == fault_free
+
+
+def test_servers_that_die_before_the_last_measures_cost_no_training(
+    narrow: World, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--eval_dataset", str(narrow.data)]
+    train = SpecKDTrainer.train
+    with served(narrow.teacher) as server:
+        pause = TeacherLostError("gone", "")
+
+        def then_lost(trainer: SpecKDTrainer, *given: object, **named: object) -> object:
+            done = train(trainer, *given, **named)
+            monkeypatch.setattr(trainer.source, "settle", Mock(side_effect=pause))
+            return done
+
+        monkeypatch.setattr(SpecKDTrainer, "train", then_lost)
+        assert run_cli(flags_of(narrow, tmp_path / "out", *use(server.url), *more)) == 4
+        assert "step 6 is saved in" in capsys.readouterr().err.splitlines()[-1]
+        monkeypatch.setattr(SpecKDTrainer, "train", train)
+        resumed = ["--resume_from_checkpoint", "true"]
+        assert run_cli(flags_of(narrow, tmp_path / "out", *use(server.url), *more, *resumed)) == 0
+    assert len(log_of(tmp_path / "out")) == 6 and (tmp_path / "out" / "results.json").is_file()
+
+
+def test_the_folder_of_a_run_that_lost_its_teacher_at_once_can_be_used_again(
+    narrow: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(narrow.teacher) as server:
+        with monkeypatch.context() as lost:
+            lost.setattr(SpecKDTrainer, "train", Mock(side_effect=TeacherLostError("gone", "")))
+            assert run_cli(flags_of(narrow, tmp_path / "out", *use(server.url))) == 4
+        assert (tmp_path / "out" / "teacher_canary.json").is_file()
+        assert run_cli(flags_of(narrow, tmp_path / "out", *use(server.url))) == 0

@@ -39,7 +39,8 @@ class CachedSource:
         """
         with span(TEACHER_FORWARD):
             asked = list(sequences(question.tokens, question.rows))
-            answers = [self.store.answer(one.token_ids, one.positions) for one in asked]
+            ids = [self.vocabulary.labels(one.token_ids) for one in asked]
+            answers = [self.store.answer(own, one.positions) for own, one in zip(ids, asked, strict=True)]
             return ReadAnswer(rows_of(asked, answers, question.rows.index, question.tokens.input_ids.numel()))
 
     def close(self) -> None:
