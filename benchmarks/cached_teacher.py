@@ -22,6 +22,7 @@ import yaml
 from measure import markdown, ratio, spread, write
 from speckd.arguments import SpecKDConfig
 from speckd.capture import Answers, cut_into_shards
+from speckd.compatibility import SharedVocabulary
 from speckd.settings import recipe_text
 from speckd.teachers.cached import CachedSource
 from speckd.teachers.layout import Compression, Kind, Layout
@@ -30,7 +31,7 @@ from speckd.teachers.source import Question
 from speckd.teachers.store import Store, StoreWriter
 from speckd.tokens import sequences
 from speckd.trainer import SpecKDTrainer
-from trainers import Work, both_models, common, rows, with_labels, word_tokenizer
+from trainers import Ends, Work, both_models, common, rows, with_labels, word_tokenizer
 
 DISTILLKIT = "DistillKit, as its documentation says: about 300 bytes, 114 compressed"
 WIDTHS = (8, 32, 128)
@@ -97,30 +98,12 @@ def reading(store: Store, asked: list[Question]) -> float:
     return time.process_time() - begin
 
 
-class Meter:
-    """The CPU seconds of a run's steps after the first two."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def callback(self) -> Any:
-        from transformers import TrainerCallback
-
-        ends = self.ends
-
-        class Ends(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                ends.append(time.process_time())
-
-        return Ends()
-
-
 def training(work: Work, make: Callable[[str, list[Any]], SpecKDTrainer]) -> float:
     """CPU seconds a step, the median after two to warm up."""
-    meter = Meter()
+    ends = Ends()
     with TemporaryDirectory() as output:
-        make(output, [meter.callback()]).train()
-    steps = [b - a for a, b in zip(meter.ends[1:], meter.ends[2:], strict=False)]
+        make(output, [ends]).train()
+    steps = [b - a for a, b in zip(ends.cpu[1:], ends.cpu[2:], strict=False)]
     return statistics.median(steps)
 
 
@@ -130,8 +113,6 @@ def trainer_of(work: Work, output: str, callbacks: list[Any], store: Store | Non
     tokenizer = word_tokenizer(work.vocabulary)
     model = {"teacher_model": teacher, "teacher_processing_class": tokenizer}
     if store is not None:
-        from speckd.compatibility import SharedVocabulary
-
         model = {"teacher_source": CachedSource(store, SharedVocabulary(work.vocabulary))}
     return SpecKDTrainer(
         model=student,

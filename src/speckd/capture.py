@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,10 +62,11 @@ def _fill(folder: Path, settings: Settings, trainer: SpecKDTrainer) -> None:
     keys = [[sequence_key(trainer.vocabulary.labels(one.token_ids)) for one in shard] for shard in shards]
     writer = StoreWriter.open(folder, layout, provenance(settings, trainer), keys)
     process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    own = [number for number in writer.missing() if number % processes == process]
+    share = range(process, len(shards), processes)
+    own = writer.missing(share)
     trainer.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-    if len(own) < len(shards[process::processes]):
-        logger.info("%d of %d shards are there already.", len(shards[process::processes]) - len(own), len(shards))
+    if len(own) < len(share):
+        logger.info("%d of %d shards are there already.", len(share) - len(own), len(shards))
     answers = Answers(trainer, layout, settings.training.effective_gate_seed)
     total = sum(len(one.positions) for number in own for one in shards[number])
     silent = settings.training.disable_tqdm or process > 0
@@ -98,9 +99,8 @@ def layout_of(settings: Settings, vocabulary: SharedVocabulary) -> Layout:
 def provenance(settings: Settings, trainer: SpecKDTrainer) -> dict[str, Any]:
     """Where answers come from: what a run that uses them must agree with, name by name."""
     args = settings.training
-    tokenizer, _ = load_tokenizers(
-        settings, conversational=False
-    )  # as a run finds it: the trainer may have changed its template
+    # As a run finds it: the trainer may have changed its template.
+    tokenizer, _ = load_tokenizers(settings, conversational=False)
     return {
         **of_run(settings, tokenizer),
         "teacher": args.teacher_model_name_or_path,
@@ -129,9 +129,7 @@ def cut_into_shards(wanted: Sequence[Wanted], layout: Layout) -> list[list[Wante
 
 
 def _announce(wanted: Sequence[Wanted], layout: Layout, shards: int, folder: Path) -> None:
-    tokens, answers = sum(len(one.token_ids) for one in wanted), sum(len(one.positions) for one in wanted)
-    needed = layout.estimated_bytes(len(wanted), tokens, answers)
-    place, free = free_beside(folder)
+    answers, room = sum(len(one.positions) for one in wanted), CacheRoom.of(wanted, layout, folder)
     logger.info(
         "Cache: %s sequences, %s answered tokens, %s each (%s, %d bits): about %s in %d shards; %s are free.",
         f"{len(wanted):,}",
@@ -139,16 +137,36 @@ def _announce(wanted: Sequence[Wanted], layout: Layout, shards: int, folder: Pat
         f"{layout.bytes_per_token():,.0f} bytes",
         f"top {layout.width}" if layout.kind is Kind.TOP_K else layout.kind,
         layout.precision,
-        size_of(needed),
+        size_of(room.needed),
         shards,
-        size_of(free),
+        size_of(room.free),
     )
-    there = sum(path.stat().st_size for path in folder.glob("shard-*"))
-    if needed - there > free:
+    if not room.fits:
         raise ConfigError(
-            f"teacher_cache_dir: the cache takes about {size_of(needed)}, but {place} has {size_of(free)} free",
-            "Lower teacher_top_k, take teacher_cache_bits: 16, or name a folder on a larger disk",
+            f"teacher_cache_dir: the cache takes about {size_of(room.needed)}, but {room.place} has {size_of(room.free)} free",
+            CacheRoom.FIX,
         )
+
+
+@dataclass(frozen=True)
+class CacheRoom:
+    """Bytes: what a whole cache takes, what of it is there already, and what is free at `place`."""
+
+    FIX: ClassVar[str] = "Lower teacher_top_k, take teacher_cache_bits: 16, or name a folder on a larger disk"
+    needed: int
+    there: int
+    place: Path
+    free: int
+
+    @classmethod
+    def of(cls, wanted: Sequence[Wanted], layout: Layout, folder: Path) -> "CacheRoom":
+        tokens, answers = sum(len(one.token_ids) for one in wanted), sum(len(one.positions) for one in wanted)
+        there = sum(path.stat().st_size for path in folder.glob("shard-*"))
+        return cls(layout.estimated_bytes(len(wanted), tokens, answers), there, *free_beside(folder))
+
+    @property
+    def fits(self) -> bool:
+        return self.needed - self.there <= self.free
 
 
 def free_beside(folder: Path) -> tuple[Path, int]:

@@ -24,8 +24,11 @@ logger = logging.getLogger(__name__)
 
 _REPORTERS = {"wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "clearml", "swanlab", "neptune"}
 
+#: In a run's folder: what its servers said of a fixed sequence.
+CANARY = "teacher_canary.json"
+
 #: What a run leaves that failed before its first checkpoint: nothing to keep, so its folder may be used again.
-_LEFT_BY_A_FAILED_RUN = {"config.yaml", "training_log.jsonl", "runs", "teacher_canary.json"}
+_LEFT_BY_A_FAILED_RUN = {"config.yaml", "training_log.jsonl", "runs", CANARY}
 
 #: Settings that may differ when a run is resumed: they change what is said and kept, not what is learnt.
 _FREE_ON_RESUME = {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from speckd import fingerprints
+from speckd.checks import CANARY
 from speckd.compatibility import PROBES, SharedVocabulary
 from speckd.errors import ConfigError, DataError
 from speckd.settings import Settings
@@ -23,9 +24,6 @@ from speckd.teachers.vllm import VLLM
 from speckd.trainer import SpecKDTrainer
 
 logger = logging.getLogger(__name__)
-
-#: In a run's folder: what its servers said of a fixed sequence.
-CANARY = "teacher_canary.json"
 
 
 def source_elsewhere(settings: Settings, tokenizer: Any, width: int, ready_s: float = Timeouts.ready_s) -> TeacherSource | None:

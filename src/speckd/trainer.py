@@ -411,8 +411,10 @@ class SpecKDTrainer(SFTTrainer):
         with span(DATA):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._mask_repeated_rows(batches)
-            lost = self._settle([self._question(b, self._rows(b)) for b in batches] if self.objective.needs_teacher else [])
-            count = torch.tensor([sum(len(self._rows(batch)) for batch in batches), lost is not None], device=device)
+            rows = [self._rows(batch) for batch in batches]
+            asked = zip(batches, rows, strict=True) if self.objective.needs_teacher else ()
+            lost = self._settle([self._question(*each) for each in asked])
+            count = torch.tensor([sum(map(len, rows)), lost is not None], device=device)
             count, losers = self.accelerator.reduce(count, "sum").unbind()
             self._stop_where_lost(lost, int(losers))
             return batches, count

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from speckd import capture
+from speckd.capture import CacheRoom
 from speckd.cli import main
+from speckd.collation import Wanted
+from speckd.teachers.layout import Kind, Layout
 from speckd.teachers.store import Store
 from tests.repository.files import ROOT
 from tests.tiny import common_flags, log_of, run_cli, task_rows, write_model, write_rows
@@ -240,3 +243,13 @@ def test_a_capture_that_goes_on_needs_room_for_what_is_missing_only(
     monkeypatch.setattr(capture, "free_beside", lambda folder: (folder, 1000))
     cache_of(world, tmp_path / "cache")
     assert main(["cache", *flags_of(world, tmp_path / "unused", "--teacher_cache_dir", str(tmp_path / "other"))]) == 2
+
+
+def test_room_for_a_cache_counts_what_is_there_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So neither a capture that goes on nor the doctor asks for it twice."""
+    wanted, layout = [Wanted(torch.arange(50), torch.arange(49), row=1)], Layout(Kind.TOP_K, 100, 8)
+    needed = CacheRoom.of(wanted, layout, tmp_path).needed
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, needed - 1))  # type: ignore[attr-defined]
+    assert not CacheRoom.of(wanted, layout, tmp_path).fits
+    (tmp_path / "shard-00000.answers").write_bytes(b"x")
+    assert CacheRoom.of(wanted, layout, tmp_path).fits

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -66,15 +65,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
         write_rows(place / "data.jsonl", task_rows(24)),
         write_rows(place / "held-out.jsonl", held_out),
     )
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to stand in, with an empty folder for temporary files."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @dataclass(frozen=True)

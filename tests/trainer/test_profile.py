@@ -1,7 +1,6 @@
 """`speckd profile` tells where a step's time goes, and leaves nothing behind."""
 
 import re
-import tempfile
 import threading
 from itertools import count
 from pathlib import Path
@@ -19,15 +18,6 @@ from tests.trainer.conftest import World
 
 CPU = torch.device("cpu")
 PARTS = [DATA, TEACHER_FORWARD, STUDENT_FORWARD, HEAD_AND_LOSS, BACKWARD, OPTIMIZER]
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to stand in, with an empty folder for temporary files."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def files(folder: Path) -> set[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speckd.capture import free_beside, layout_of, size_of
+from speckd.capture import CacheRoom, free_beside, layout_of, size_of
 from speckd.doctor.before import Data
 from speckd.doctor.findings import About, Examination, failure, note, ok
 from speckd.memory_plan import optimizer_bytes
@@ -104,13 +104,11 @@ def room_for_cache(trainer: SpecKDTrainer, settings: Settings) -> Examination[No
     named = settings.training.teacher_cache_dir
     if named is None or (Path(named) / MANIFEST).is_file():
         return
-    wanted, layout = trainer.sequences(), layout_of(settings, trainer.vocabulary)
-    answers = sum(len(one.positions) for one in wanted)
-    needed = layout.estimated_bytes(len(wanted), sum(len(one.token_ids) for one in wanted), answers)
-    place, free = free_beside(Path(named))
-    said = f"teacher_cache_dir: 'speckd cache' will write about {size_of(needed)}; {place} has {size_of(free)} free"
-    if needed <= free:
+    room = CacheRoom.of(trainer.sequences(), layout_of(settings, trainer.vocabulary), Path(named))
+    said = (
+        f"teacher_cache_dir: 'speckd cache' will write about {size_of(room.needed)}; {room.place} has {size_of(room.free)} free"
+    )
+    if room.fits:
         yield ok(About.DISK, said)
     else:
-        fix = "Lower teacher_top_k, take teacher_cache_bits: 16, or name a folder on a larger disk"
-        yield failure(About.DISK, f"too little room: {said}", fix)
+        yield failure(About.DISK, f"too little room: {said}", CacheRoom.FIX)
