@@ -130,16 +130,26 @@ def participants(setting: Setting, wanted: Callable[[Candidate], bool]) -> dict[
 # ---- time ----------------------------------------------------------------------------------------------------------------
 
 
-def times(setting: Setting, candidates: list[Candidate], repeats: int) -> tuple[Problem, dict[str, dict[str, list[float]]]]:
-    """Seconds of every candidate and of the floors that they stand on."""
+def times(
+    setting: Setting, candidates: list[Candidate], repeats: int
+) -> tuple[Problem, dict[str, dict[str, list[float]]], dict[str, int]]:
+    """Seconds of every candidate and of the floors that they stand on; on a GPU also the bytes that each took at most."""
     problem = setting.build()
     chunk = setting.chunk_of(problem)
     print(f"{setting.words}; {_facts(problem, chunk)}", flush=True)
     steps = {floor.key: floor.prepare(problem) for floor in _floors(candidates)}
     steps |= {c.key: partial(c.step, problem, chunk) for c in candidates}
     found = interleaved(steps, repeats, setting.device)
+    on_cpu = setting.device.type == "cpu"  # where what is freed need not be given back: see `memory_of`
+    peaks = {} if on_cpu else {c.key: peak_of(problem, c, steps[c.key]) for c in candidates}
     problem.start(frozen_head=True)
-    return problem, found
+    return problem, found, peaks
+
+
+def peak_of(problem: Problem, candidate: Candidate, step: Callable[[], object]) -> int:
+    """Bytes over the inputs, of a candidate that has been warmed up."""
+    problem.start(candidate.frozen)
+    return peak_over_start(step, problem.hidden.device)
 
 
 def _floors(candidates: list[Candidate]) -> list[Floor]:
@@ -153,30 +163,42 @@ def _facts(problem: Problem, chunk: int) -> str:
 def time_command(setting: Setting, args: argparse.Namespace) -> None:
     taking_part = participants(setting, lambda candidate: candidate.family in args.families)
     candidates = [candidate for candidate, _ in taking_part.values()]
-    problem, seconds = times(setting, candidates, args.repeats)
+    problem, seconds, peaks = times(setting, candidates, args.repeats)
     own = {name: entry[setting.clock] for name, entry in seconds.items()}
-    tables = [time_table(setting, family, taking_part, own) for family in args.families]
+    tables = [time_table(setting, family, taking_part, own, peaks) for family in args.families]
     text = "\n\n".join([f"{setting.words}; {_facts(problem, setting.chunk_of(problem))}.", *tables])
     rows = [
         {"candidate": c.key, "loss": str(c.loss), "error": error, "floor": floor_of(c).key} for c, error in taking_part.values()
     ]
     some = "" if args.families == default_families("time") else "-" + "-".join(f.replace(" ", "-") for f in args.families)
-    report(setting, args, f"time-{setting.slug}{some}", text, {"seconds": seconds, "candidates": rows, "facts": problem.facts})
+    report(
+        setting,
+        args,
+        f"time-{setting.slug}{some}",
+        text,
+        {"seconds": seconds, "peak_bytes": peaks, "candidates": rows, "facts": problem.facts},
+    )
 
 
 def time_table(
-    setting: Setting, family: str, taking_part: dict[str, tuple[Candidate, float]], seconds: dict[str, list[float]]
+    setting: Setting,
+    family: str,
+    taking_part: dict[str, tuple[Candidate, float]],
+    seconds: dict[str, list[float]],
+    peaks: dict[str, int],
 ) -> str:
     """One family: every candidate over its floor and over each of ours."""
     members = [entry for entry in taking_part.values() if entry[0].family == family]
     ours = [candidate for candidate, _ in members if candidate.ours and family != REST]
     unit = "CPU s" if setting.clock == "cpu" else "wall s"
-    head = ["candidate", "loss", unit, "±", "÷ its floor", *[f"÷ {c.name}" for c in ours], "error"]
+    memory = ["peak, MiB"] if peaks else []
+    head = ["candidate", "loss", unit, "±", "÷ its floor", *[f"÷ {c.name}" for c in ours], "error", *memory]
 
     def row(key: str, floor: Floor, *ends: str) -> list[str]:
         taken = seconds[key]
         ratios = [f"{ratio(taken, seconds[other]):.2f}" for other in (floor.key, *[c.key for c in ours])]
-        return [*ends[:2], f"{statistics.median(taken):.3f}", f"{spread(taken):.0%}", *ratios, *ends[2:]]
+        peak = [f"{peaks[key] / MIB:,.0f}" if key in peaks else ""] if peaks else []
+        return [*ends[:2], f"{statistics.median(taken):.4f}", f"{spread(taken):.0%}", *ratios, *ends[2:], *peak]
 
     rows = [row(floor.key, floor, floor.name, "none", "") for floor in _floors([candidate for candidate, _ in members])]
     rows += [row(c.key, floor_of(c), c.name, str(c.loss), f"{error:.0e}") for c, error in members]
@@ -184,6 +206,7 @@ def time_table(
         f"**{family}**: {unit} of one step (loss and gradients), median; ±: half the range. ÷: this candidate's time over "
         "the named one's, so above 1 the named one is faster; median of the ratios of each round. Its floor: the bare products "
         "of the rows that its loss needs, gated or not. error: relative, against float64 at a small size."
+        + (" peak: over the inputs, the head's gradient included." if peaks else "")
     )
     return f"{notes}\n\n{markdown(head, rows)}"
 
@@ -272,7 +295,7 @@ def growth_command(setting: Setting, args: argparse.Namespace) -> None:
     found: list[dict[str, Any]] = []
     for axis in args.axes:
         for value, there in points(setting, axis):
-            problem, seconds = times(there, candidates, args.repeats)
+            problem, seconds, _ = times(there, candidates, args.repeats)
             rows = {"floor, gated": {"seconds": seconds[floor_of(candidates[0]).key][there.clock]}}
             chunk = there.chunk_of(problem)
             del problem

@@ -36,7 +36,7 @@ class LargeProblem:
     rows: SupervisedRows
 
 
-def problem(vocabulary: int, tokens: int, dtype: torch.dtype, seed: int = 0) -> LargeProblem:
+def problem(vocabulary: int, tokens: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> LargeProblem:
     """A teacher that agrees with the student at about half of the tokens; numbers that `dtype` holds exactly."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -48,9 +48,11 @@ def problem(vocabulary: int, tokens: int, dtype: torch.dtype, seed: int = 0) -> 
     follows = torch.where(agrees, hidden + 0.05 * normal(tokens, 16), 0.5 * hidden + other)
     teacher_hidden = torch.cat([follows, normal(tokens, 8)], -1)
     teacher_weight = torch.cat([weight, 0.1 * normal(vocabulary, 8)], -1)
-    hidden, weight, teacher_hidden, teacher_weight = (t.to(dtype) for t in (hidden, weight, teacher_hidden, teacher_weight))
-    index = torch.arange(tokens)
-    labels = torch.where(agrees[:, 0], (teacher_hidden.float() @ teacher_weight.float().T).argmax(-1), 7 * index)
+    parts = (hidden, weight, teacher_hidden, teacher_weight)
+    hidden, weight, teacher_hidden, teacher_weight = (t.to(device, dtype) for t in parts)
+    index = torch.arange(tokens, device=device)
+    likeliest = (teacher_hidden.double() @ teacher_weight.double().T).argmax(-1)
+    labels = torch.where(agrees[:, 0].to(device), likeliest, 7 * index)
     rows = SupervisedRows(index, labels, TokenKeys(index // 4, index % 4))
     return LargeProblem(hidden, weight, teacher_hidden, teacher_weight, rows)
 
@@ -102,11 +104,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--device", default="cpu", help="such as cuda, where the kernels take part")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     start, lines = time.monotonic(), []
     for dtype, limit in LIMITS.items():
-        given = problem(args.vocabulary, args.tokens, dtype)
+        given = problem(args.vocabulary, args.tokens, dtype, args.device)
         worst: dict[tuple[str, str], tuple[float, str]] = defaultdict(lambda: (0.0, ""))
         count = turned = 0
         for (gate, policy, divergence), kind in itertools.product(compositions(), KINDS):
