@@ -39,7 +39,8 @@ def one_by_one(dataset: Dataset) -> Iterator[Plain]:
             places = list(tokens)
             asked = [i - places[0] - 1 for i in places[1:] if row["labels"][i] != IGNORED_LABEL]
             if asked:
-                yield [row["input_ids"][i] for i in places], asked, sample + 1, row[TEACHER][places[0]] if TEACHER in row else None
+                teacher = row[TEACHER][places[0]] if TEACHER in row else None
+                yield [row["input_ids"][i] for i in places], asked, sample + 1, teacher
 
 
 @pytest.mark.parametrize("teachers", [False, True])

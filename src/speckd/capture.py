@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from speckd.checks import load_tokenizers
+from speckd import provenance
 from speckd.collation import Wanted, question_about
 from speckd.compatibility import SharedVocabulary
 from speckd.engine import default_chunk_size
@@ -21,11 +21,11 @@ from speckd.errors import ConfigError
 from speckd.randomness import uniforms
 from speckd.run import leave_together, prepared_trainer, say_things_once
 from speckd.settings import Settings, load_settings
-from speckd.teacher_sources import of_run, written
 from speckd.teachers.answers import Answer
 from speckd.teachers.draws import answer_of_draws
 from speckd.teachers.layout import Compression, Kind, Layout
 from speckd.teachers.record import sequence_key
+from speckd.teachers.source import require_answers
 from speckd.teachers.store import StoreWriter
 from speckd.trainer import SpecKDTrainer
 from speckd.types import TeacherRows, TopKSignal
@@ -55,12 +55,15 @@ def capture(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
 
 
 def _fill(folder: Path, settings: Settings, trainer: SpecKDTrainer) -> None:
-    wanted = trainer.sequences()
+    if trainer.source is None:
+        raise ConfigError("teacher_model_name_or_path is not set: there is no teacher to cache", "Give a path or hub id")
     layout = layout_of(settings, trainer.vocabulary)
+    require_answers(trainer.objective, layout.capabilities, layout.vocabulary_size)  # the run that uses it will ask the same
+    wanted = trainer.sequences()
     shards = cut_into_shards(wanted, layout)
     _announce(wanted, layout, len(shards), folder)
     keys = [[sequence_key(trainer.vocabulary.labels(one.token_ids)) for one in shard] for shard in shards]
-    writer = StoreWriter.open(folder, layout, provenance(settings, trainer), keys)
+    writer = StoreWriter.open(folder, layout, provenance.of_capture(settings, trainer), keys, libraries=provenance.libraries())
     process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     share = range(process, len(shards), processes)
     own = writer.missing(share)
@@ -94,21 +97,6 @@ def layout_of(settings: Settings, vocabulary: SharedVocabulary) -> Layout:
         Kind.FULL: (size, 0),
     }[kind]
     return Layout(kind, size, min(width, size), args.teacher_cache_bits, Compression(args.teacher_cache_compression), draws)
-
-
-def provenance(settings: Settings, trainer: SpecKDTrainer) -> dict[str, Any]:
-    """Where answers come from: what a run that uses them must agree with, name by name."""
-    args = settings.training
-    # As a run finds it: the trainer may have changed its template.
-    tokenizer, _ = load_tokenizers(settings, conversational=False)
-    return {
-        **of_run(settings, tokenizer),
-        "teacher": args.teacher_model_name_or_path,
-        "teacher_revision": args.teacher_model_revision or "main",
-        "teacher_dtype": str(trainer.teacher.dtype),
-        "vocabulary": written(trainer.vocabulary),
-        "temperature": 1.0,
-    }
 
 
 # ---- which sequences -------------------------------------------------------------------------------------------------------

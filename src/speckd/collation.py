@@ -153,7 +153,7 @@ def distinct(wanted: Iterable[Wanted]) -> list[Wanted]:
     """Each sequence once, where it first stands, with the positions of all its masks."""
     found: dict[bytes, Wanted] = {}
     for one in wanted:
-        key = blake2b(one.token_ids.numpy(), digest_size=16).digest()  # of the tokens, which are many
+        key = blake2b(one.token_ids.numpy().tobytes(), digest_size=16).digest()  # of the tokens, which are many
         known = found.get(key)
         found[key] = one if known is None else replace(known, positions=torch.cat([known.positions, one.positions]).unique())
     return list(found.values())

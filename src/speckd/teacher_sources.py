@@ -5,9 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from speckd import fingerprints
+from speckd import provenance
 from speckd.checks import CANARY
 from speckd.compatibility import PROBES, SharedVocabulary
 from speckd.errors import ConfigError, DataError
@@ -47,32 +48,14 @@ def source_elsewhere(settings: Settings, tokenizer: Any, width: int, ready_s: fl
             return None
 
 
-def of_run(settings: Settings, tokenizer: Any) -> dict[str, Any]:
-    """What a run can say of itself, to be compared with a cache's provenance; of the teacher's weights, where they are here."""
-    args = settings.training
-    template = tokenizer.chat_template
-    if args.chat_template_path is not None and Path(args.chat_template_path).is_file():
-        template = Path(args.chat_template_path).read_text()
-    name = args.teacher_model_name_or_path
-    here = {"teacher_weights": fingerprints.of_model_folder(Path(name))} if name is not None and Path(name).is_dir() else {}
-    return {"tokenizer": fingerprints.of_tokenizer(tokenizer), "chat_template": fingerprints.of_text(template), **here}
-
-
-def written(vocabulary: SharedVocabulary) -> dict[str, Any]:
-    """As JSON."""
-    ids = None if vocabulary.ids is None else vocabulary.ids.tolist()
-    return {"size": vocabulary.size, "ids": ids, "teacher_only": list(vocabulary.teacher_only)}
-
-
-def _read(values: dict[str, Any]) -> SharedVocabulary:
-    ids = values["ids"]
-    return SharedVocabulary(values["size"], None if ids is None else torch.tensor(ids), tuple(values["teacher_only"]))
-
-
 def _cached(settings: Settings, tokenizer: Any, width: int) -> CachedSource:
     store = Store.open(Path(str(settings.training.teacher_cache_dir)))
-    store.require(of_run(settings, tokenizer))
-    vocabulary = _read(store.manifest.provenance["vocabulary"])
+    kept = store.manifest.provenance
+    store.require(provenance.of_run(settings, tokenizer, kept, store.layout))
+    others = provenance.other_libraries(store.manifest.libraries)
+    if others is not None:
+        logger.info("The cache was made with %s.", others)
+    vocabulary = provenance.read(kept["vocabulary"])
     largest = vocabulary.size - 1 if vocabulary.ids is None else int(vocabulary.ids[-1])
     if largest >= width:
         raise ConfigError(
@@ -150,12 +133,25 @@ def remember_servers(trainer: SpecKDTrainer, output: Path) -> None:
 
 
 def _require_covered(trainer: SpecKDTrainer, store: Store) -> None:
-    """Refuses data of which a cache knows nothing, before the first step."""
-    wanted = trainer.sequences()
-    missing = [one for one in wanted if trainer.vocabulary.labels(one.token_ids) not in store]
+    """Refuses data of which a cache does not know everything, before the first step."""
+    count, missing, masked = 0, [], []  # rows, from 1
+    for one in trainer.all_sequences():
+        count += 1
+        there = store.positions(trainer.vocabulary.labels(one.token_ids))
+        if there is None:
+            missing.append(one.row)
+        elif not (torch.equal(one.positions, there) or np.isin(one.positions.numpy(), there.numpy()).all()):
+            masked.append(one.row)
+    again = "Run 'speckd cache' with this very configuration, into a new folder"
     if missing:
         raise DataError(
-            f"teacher_cache_dir: {len(missing)} of {len(wanted)} sequences are not in the cache, first that of row "
-            f"{missing[0].row}: its tokens are not those that were captured",
-            "Run 'speckd cache' with this very configuration, into a new folder",
+            f"teacher_cache_dir: {len(missing)} of {count} sequences are not in the cache, first that of row "
+            f"{missing[0]}: its tokens are not those that were captured",
+            again,
+        )
+    if masked:
+        raise DataError(
+            f"teacher_cache_dir: of {len(masked)} of {count} sequences the cache does not hold every supervised position, "
+            f"first of that of row {masked[0]}: another mask was captured",
+            f"Set completion_only_loss and assistant_only_loss as they were then. {again}",
         )

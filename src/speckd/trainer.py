@@ -368,9 +368,13 @@ class SpecKDTrainer(SFTTrainer):
 
     def sequences(self) -> list[Wanted]:
         """What a teacher will be asked about, in training and in evaluation, each sequence once."""
+        return distinct(self.all_sequences())
+
+    def all_sequences(self) -> Iterator[Wanted]:
+        """The same as often as it stands in the data, without holding it."""
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        datasets = [self.train_dataset, *(dataset for dataset in held_out.values() if dataset is not None)]
-        return distinct(one for dataset in datasets for one in sequences_in(dataset))
+        for dataset in (self.train_dataset, *held_out.values()):
+            yield from () if dataset is None else sequences_in(dataset)
 
     # ---- loss ----------------------------------------------------------------------------------------------------------
 

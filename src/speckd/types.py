@@ -256,10 +256,11 @@ TeacherSignal: TypeAlias = DenseSignal | TopKSignal
 @dataclass(frozen=True)
 class Capabilities:
     """What a teacher can be asked, known before the first batch: the whole vocabulary, or its top-K (`ranked`: by rank, and not
-    drawn at random)."""
+    drawn at random). `exact_top_k`: of a whole vocabulary that was rounded, up to which k its verdicts are exact; None: all."""
 
     top_k: int | None = None
     ranked: bool = True
+    exact_top_k: int | None = None
 
 
 @dataclass(frozen=True)

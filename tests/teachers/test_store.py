@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from speckd.errors import StoreError
-from speckd.teachers.files import FileLock, partial
+from speckd.teachers.files import FileLock, Files, partial
 from speckd.teachers.layout import Kind, Layout
-from speckd.teachers.record import decode, encode, sequence_key
+from speckd.teachers.record import HEADER, decode, encode, sequence_key
 from speckd.teachers.store import Store, StoreWriter
 from tests.teachers.faults import refusal
 from tests.teachers.made import PROVENANCE, capture, contents, entries, keys, layouts, planned, same, stored
@@ -203,17 +203,62 @@ def test_what_a_killed_writer_left_is_cleaned_up_and_what_a_live_one_has_is_not(
 def test_another_run_is_refused_by_the_field(tmp_path) -> None:
     store = stored(tmp_path, LAYOUT, entries(LAYOUT, [5, 9]))
     store.require({})
-    store.require(PROVENANCE, kind=Kind.TOP_K, vocabulary_size=50, top_k=8)
-    for message, provenance, demands in (
-        ('teacher is "a teacher" there and "another" now', {"teacher": "another"}, {}),
-        ("template is absent there and null now", {"template": None}, {}),
-        ("revision is null there and 0 now", {"revision": 0}, {}),
-        ("ranks are known up to 8 there and needed up to 9 now", {}, {"top_k": 9}),
-        ("kind is top_k there and full now", {}, {"kind": Kind.FULL}),
-        ("vocabulary_size is 50 there and 51 now", {}, {"vocabulary_size": 51}),
+    store.require(PROVENANCE | {"teacher_cache_kind": "top_k", "teacher_cache_bits": 16, "teacher_top_k": 8})
+    for message, fields in (
+        ('teacher is "a teacher" there and "another" now', {"teacher": "another"}),
+        ("template is absent there and null now", {"template": None}),
+        ("revision is null there and 0 now", {"revision": 0}),
+        ("teacher_top_k is 8 there and 9 now", {"teacher_top_k": 9}),
+        ('teacher_cache_kind is "top_k" there and "full" now', {"teacher_cache_kind": "full"}),
     ):
         with pytest.raises(StoreError, match=f"the cached teacher is not this run's: {message}.*speckd cache"):
-            store.require(provenance, **demands)
+            store.require(fields)
+
+
+def test_libraries_are_kept_and_no_reason_to_refuse(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    parts = planned(entries(LAYOUT, [5, 9]), 2)
+    begun = StoreWriter.open(tmp_path, LAYOUT, PROVENANCE, keys(parts), libraries={"torch": "1"})
+    begun.write(0, parts[0])
+    writer = StoreWriter.open(tmp_path, LAYOUT, PROVENANCE, keys(parts), libraries={"torch": "2"})
+    assert 'begun with other libraries: torch is "1" there and "2" now' in caplog.text
+    assert writer.missing() == (1,)
+    writer.write(1, parts[1])
+    writer.publish()
+    assert Store.open(tmp_path).manifest.libraries == {"torch": "1"}
+    whole = contents(tmp_path)
+    StoreWriter.open(tmp_path, LAYOUT, PROVENANCE, keys(parts), libraries={"torch": "3"}).publish()
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("layout", list(layouts()), ids=str)
+def test_positions_are_read_without_the_answers(layout: Layout, tmp_path) -> None:
+    made = [*entries(layout, [0, 1, 2, 9, 60]), *entries(layout, [20_001], seed=1)]
+    reads: list[int] = []
+
+    class Counting(Files):
+        def read(self, path: Path, offset: int, length: int) -> bytes:
+            reads.append(length)
+            return super().read(path, offset, length)
+
+    capture(tmp_path, layout, planned(made, 2))
+    store = Store.open(tmp_path, Counting())
+    for ids, answer in made:
+        reads.clear()
+        found = store.positions(ids)
+        assert found is not None and torch.equal(found, answer.positions) and len(reads) == 1
+        assert reads[0] <= 2 * len(ids) / 8 + 1200
+    assert store.positions(torch.tensor([1, 2, 3])) is None
+
+
+def test_positions_of_a_record_that_is_none_are_refused(tmp_path) -> None:
+    made = entries(LAYOUT, [40])
+    capture(tmp_path, LAYOUT, planned(made, 1))
+    store, shard = Store.open(tmp_path), tmp_path / "shard-00000.answers"
+    intact, start = shard.read_bytes(), int(store.shards[0].offsets[0])
+    for byte in (start, start + 16, start + 20, start + HEADER.size):  # key, tokens, answered positions, the first of them
+        shard.write_bytes(intact[:byte] + bytes([intact[byte] ^ 1]) + intact[byte + 1 :])
+        with pytest.raises(StoreError, match="shard-00000.answers: record 0: a record is damaged"):
+            store.positions(made[0][0])
 
 
 def test_shards_of_others_are_refused(tmp_path) -> None:

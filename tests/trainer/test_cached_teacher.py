@@ -22,7 +22,12 @@ from tests.repository.files import ROOT
 from tests.tiny import common_flags, log_of, run_cli, task_rows, write_model, write_rows
 from tests.trainer.conftest import World
 
-TOP_K = ["--gate", "top_k", "--gate_options", '{"verify_top_k": 60}', "--rejected", "mask"]
+
+def top_k(k: int) -> list[str]:
+    return ["--gate", "top_k", "--gate_options", json.dumps({"verify_top_k": k}), "--rejected", "mask"]
+
+
+TOP_K = top_k(60)
 STEPS = ["--max_steps", "6"]
 
 
@@ -55,10 +60,9 @@ def in_process(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--teacher_cache_kind", "full", "--teacher_cache_bits", "32"], 1e-6),
         (["--teacher_top_k", "256", "--teacher_cache_bits", "32"], 1e-6),  # K = V
         (["--teacher_top_k", "256"], 2e-3),  # half precision
-        (["--teacher_cache_kind", "full"], 2e-3),
         (["--teacher_top_k", "256", "--teacher_cache_compression", "zlib"], 2e-3),
     ],
-    ids=["full", "K = V", "K = V, 16 bits", "full, 16 bits", "zlib"],
+    ids=["full", "K = V", "K = V, 16 bits", "zlib"],
 )
 def test_the_same_curve_as_with_the_teacher_in_process(
     kept: list[str], loss_error: float, world: World, in_process: Path, tmp_path: Path
@@ -68,6 +72,24 @@ def test_the_same_curve_as_with_the_teacher_in_process(
     found, wanted = (curve(output, "loss", "tar", "grad_norm") for output in (tmp_path / "out", in_process))
     assert found[1] == pytest.approx(wanted[1], abs=1e-12), "the greedy gate's verdicts are exact"
     assert found[0] == pytest.approx(wanted[0], rel=loss_error) and found[2] == pytest.approx(wanted[2], rel=5 * loss_error)
+
+
+def test_a_whole_vocabulary_at_16_bits_is_exact_up_to_rank_32_and_refused_beyond(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    use = cache_of(world, tmp_path / "cache", "--teacher_cache_kind", "full")
+    for name, more in (("cached", use), ("whole", [])):
+        assert run_cli(flags_of(world, tmp_path / name, *top_k(32), *more)) == 0
+    found, wanted = (curve(tmp_path / name, "loss", "tar") for name in ("cached", "whole"))
+    assert found[1] == pytest.approx(wanted[1], abs=1e-12) and found[0] == pytest.approx(wanted[0], rel=2e-3)
+    for gate in ("top_k", "two_sided", "label_in_top_k", "inverted"):
+        options = {"verify_top_k": 33} | ({"gate": "top_k"} if gate == "inverted" else {})
+        capsys.readouterr()
+        flags = flags_of(world, tmp_path / "out", "--gate", gate, "--gate_options", json.dumps(options), *use)
+        assert run_cli(flags) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "verify_top_k is 33" in error and "the top 32 keep" in error and "teacher_cache_bits: 32" in error
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_truncated_teacher_keeps_the_verdicts_and_bounds_the_loss(world: World, in_process: Path, tmp_path: Path) -> None:
@@ -144,6 +166,44 @@ def test_what_a_truncated_teacher_cannot_answer_is_refused_at_once(
     assert run_cli(flags_of(world, tmp_path / "out", *gate, *use)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and said in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kept", "gate", "said"),
+    [
+        (["--teacher_top_k", "4"], top_k(5), "verify_top_k is 5, but the teacher gives its top 4 only"),
+        (["--teacher_cache_kind", "full"], top_k(33), "verify_top_k is 33"),
+        (["--teacher_cache_kind", "sampled"], top_k(5), "drawn at random"),
+        ([], ["--gate", "spec"], "spec needs the teacher's probability"),
+    ],
+    ids=["K", "full at 16 bits", "drawn", "spec"],
+)
+def test_a_cache_that_its_own_run_could_not_use_is_not_made(
+    kept: list[str], gate: list[str], said: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = flags_of(world, tmp_path / "unused", "--teacher_cache_dir", str(tmp_path / "cache"), *kept, *gate)
+    assert main(["cache", *flags]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "cache").exists()
+
+
+def test_without_a_teacher_there_is_nothing_to_cache(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = common_flags(world.student, None, world.data, tmp_path / "unused")
+    assert main(["cache", *flags, "--recipe", "sft", "--teacher_cache_dir", str(tmp_path / "cache")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: teacher_model_name_or_path is not set") and not (tmp_path / "cache").exists()
+
+
+def test_another_mask_is_refused_before_the_first_step_and_a_smaller_one_is_not(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    some = cache_of(world, tmp_path / "some", "--teacher_cache_compression", "zlib")
+    whole = cache_of(world, tmp_path / "whole", "--completion_only_loss", "false")
+    capsys.readouterr()
+    assert run_cli(flags_of(world, tmp_path / "out", "--completion_only_loss", "false", *some)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "does not hold every supervised position, first of that of row 1:" in error and "completion_only_loss" in error
+    assert not (tmp_path / "out").exists()
+    assert run_cli(flags_of(world, tmp_path / "out", *whole)) == 0
 
 
 def test_what_is_not_the_runs_own_cache_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

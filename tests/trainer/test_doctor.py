@@ -346,6 +346,17 @@ def test_7_stale_cache(sound: Sound, cache: Path, place: Path, capsys) -> None:
     assert found.abouts == WITHOUT_TEACHER | {About.ELSEWHERE}
 
 
+def test_7_cache_that_could_not_be_used(sound: Sound, place: Path, capsys) -> None:
+    """Before it is made."""
+    wanted = ["--gate", "label_in_top_k", "--teacher_cache_dir", str(place / "cache"), "--teacher_top_k"]
+    found = told(capsys, sound.flags(place / "out", *wanted, "4"))
+    found.only_failure("verify_top_k is 5, but the teacher gives its top 4 only", "with a larger teacher_top_k")
+    found = told(capsys, sound.flags(place / "out", *wanted, "5"))
+    assert found.code == 0 and "(top_k of 5, 16 bits) answers what gate and divergence ask" in str(
+        found.of(Level.OK, About.ELSEWHERE)
+    )
+
+
 def test_7_damaged_cache(sound: Sound, cache: Path, place: Path, capsys) -> None:
     shutil.copytree(cache, place / "cache")
     shard = next((place / "cache").glob("shard-*"))

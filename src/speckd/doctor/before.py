@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
-from speckd.capture import size_of
+from speckd.capture import layout_of, size_of
 from speckd.checks import (
     check_shapes,
     checkpoint_to_resume,
@@ -24,15 +24,18 @@ from speckd.checks import (
     teacher_tokenizer,
     tokenizer_among_several,
 )
-from speckd.compatibility import shared_vocabulary
+from speckd.compatibility import SharedVocabulary, shared_vocabulary
 from speckd.data import load_data
 from speckd.doctor.findings import About, Examination, Finding, note, ok, warning
 from speckd.errors import SpeckdError
+from speckd.provenance import other_libraries
 from speckd.run import describe_method
 from speckd.settings import Settings, load_settings
 from speckd.teacher_sources import probe_texts, source_elsewhere
 from speckd.teachers.cached import CachedSource
+from speckd.teachers.manifest import MANIFEST
 from speckd.teachers.served import ServedSource
+from speckd.teachers.source import require_answers
 
 Data = tuple[Dataset, Dataset | None]
 
@@ -232,6 +235,18 @@ def _key(row: dict[str, Any]) -> int:
 # ---- a teacher elsewhere ---------------------------------------------------------------------------------------------------
 
 
+def cache_to_be(settings: Settings, own: Any) -> Examination[None]:
+    """Would the cache that is named, and still to be made, answer what this run asks?"""
+    args = settings.training
+    named = args.teacher_cache_dir
+    if named is None or args.teacher_model_name_or_path is None or (Path(named) / MANIFEST).is_file():
+        return
+    layout = layout_of(settings, SharedVocabulary(len(own)))
+    require_answers(args.objective(), layout.capabilities, layout.vocabulary_size)
+    kept = f"{layout.kind} of {layout.width:,}, {layout.precision} bits"
+    yield ok(About.ELSEWHERE, f"what 'speckd cache' will keep ({kept}) answers what gate and divergence ask")
+
+
 def elsewhere(settings: Settings, own: Any, thorough: bool) -> Examination[bool]:
     """Opens the cache, or asks the servers."""
     width = head_width(settings, str(settings.model.model_name_or_path), settings.model.model_revision) or len(own)
@@ -251,6 +266,9 @@ def _cache(source: CachedSource, thorough: bool) -> Iterator[Finding]:
     store, said = source.store, source.store.manifest.provenance
     kept = f"{len(store):,} sequences, {store.totals.answers:,} answers, {store.layout.kind} of {store.layout.width}"
     yield ok(About.ELSEWHERE, f"{store.folder}: {kept}, of {said['teacher']} ({said['teacher_dtype']}), as this run needs it")
+    others = other_libraries(store.manifest.libraries)
+    if others is not None:
+        yield note(About.ELSEWHERE, f"it was made with {others}")
     if not thorough and store.totals.size > SMALL_CACHE:
         yield note(About.ELSEWHERE, f"its {size_of(store.totals.size)} are not read through", "--thorough does it")
         return

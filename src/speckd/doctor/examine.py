@@ -84,6 +84,7 @@ def _before(
     masked = None
     if given is not None:
         masked = yield from attempts.of(About.ENDS, ends.template(settings, own, taught_by or (), given[0]))
+    yield from attempts.of(About.ELSEWHERE, before.cache_to_be(settings, own))
     if settings.teacher_elsewhere:
         sound.append((yield from attempts.of(About.ELSEWHERE, before.elsewhere(settings, own, thorough))))
     foreseen = yield from attempts.of(About.MEMORY, room.memory(settings, given, own)) if given is not None else _nothing()

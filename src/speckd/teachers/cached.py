@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from speckd.compatibility import SharedVocabulary
 from speckd.spans import TEACHER_FORWARD, span
 from speckd.teachers.answers import rows_of
-from speckd.teachers.layout import Kind
 from speckd.teachers.source import Question
 from speckd.teachers.store import Store
 from speckd.tokens import sequences
@@ -22,8 +21,7 @@ class CachedSource:
 
     @property
     def capabilities(self) -> Capabilities:
-        layout = self.store.layout
-        return Capabilities() if layout.kind is Kind.FULL else Capabilities(layout.width, layout.kind is Kind.TOP_K)
+        return self.store.layout.capabilities
 
     def expect(self, question: Question) -> None:
         """The operating system reads ahead by itself."""

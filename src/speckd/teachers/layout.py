@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from speckd.errors import StoreError
+from speckd.types import Capabilities
 
 #: Of a whole vocabulary at 16 bits, so many of a row's most probable tokens keep their order exactly.
 FULL_ORDERED = 32
@@ -76,6 +78,25 @@ class Layout:
                 return self.width
             case Kind.FULL:
                 return self.width if self.precision == 32 else min(self.width, FULL_ORDERED)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What a teacher that is kept like this can be asked."""
+        if self.kind is Kind.FULL:
+            return Capabilities(exact_top_k=self.exact_top_k if self.exact_top_k < self.vocabulary_size else None)
+        return Capabilities(self.width, self.kind is Kind.TOP_K)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as a run's settings name it, as far as answers depend on it."""
+        match self.kind:
+            case Kind.SAMPLED:  # counts, which are exact in any case
+                own = {"teacher_cache_samples": self.draws}
+            case Kind.TOP_K:
+                own = {"teacher_top_k": self.width, "teacher_cache_bits": self.precision}
+            case Kind.FULL:
+                own = {"teacher_cache_bits": self.precision}
+        return {"teacher_cache_kind": str(self.kind), **own}
 
     def bytes_per_token(self) -> float:
         """Of one answered position, uncompressed; an upper bound for drawn tokens, of which a row may have fewer."""

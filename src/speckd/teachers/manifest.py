@@ -14,6 +14,7 @@ from speckd.teachers.shard import Shard, Totals, digest
 
 FORMAT = 1
 PLAN, MANIFEST = "plan.json", "manifest.json"
+LIBRARIES = "libraries"
 Provenance: TypeAlias = Mapping[str, Any]
 
 
@@ -58,11 +59,15 @@ def read_document(files: Files, path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sequences a capture holds, how, and of what: the same for all processes that take part, and for a resumed one."""
+    """Which sequences a capture holds, how, and of what: the same for all processes that take part, and for a resumed one.
+
+    `libraries`: versions by name that it was begun with; they are kept beside the plan, and a resumed one may have others.
+    """
 
     layout: Layout
     provenance: Provenance
     shards: tuple[tuple[bytes, ...], ...]
+    libraries: Mapping[str, str]
 
     def content(self) -> dict[str, Any]:
         shards = [{"sequences": len(keys), "keys": digest(b"".join(keys)).hex()} for keys in self.shards]
@@ -72,13 +77,13 @@ class Plan:
         return digest(_canonical(self.content()))
 
 
-def plan(layout: Layout, provenance: Provenance, shards: Sequence[Sequence[bytes]]) -> Plan:
+def plan(layout: Layout, provenance: Provenance, shards: Sequence[Sequence[bytes]], libraries: Mapping[str, str]) -> Plan:
     """Raises ValueError where a sequence comes twice, and TypeError where the provenance is not JSON."""
     keys = tuple(tuple(shard) for shard in shards)
     every = [key for shard in keys for key in shard]
     if len(set(every)) != len(every):
         raise ValueError("a sequence is planned twice: plan each once, with all positions that any sample needs")
-    return Plan(layout, as_json(provenance), keys)
+    return Plan(layout, as_json(provenance), keys, libraries)
 
 
 def as_json(provenance: Provenance) -> dict[str, Any]:
@@ -104,10 +109,12 @@ def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole store. `shards`: name, bytes and digest of each; `plan`: the digest of the plan that they were made by."""
+    """A whole store. `shards`: name, bytes and digest of each; `plan`: the digest of the plan that they were made by;
+    `libraries`: as of it."""
 
     layout: Layout
     provenance: Provenance
+    libraries: Mapping[str, str]
     plan: str
     shards: tuple[dict[str, Any], ...]
     totals: Totals
@@ -116,7 +123,7 @@ class Manifest:
     def of(cls, made_by: Plan, shards: Sequence[Shard]) -> "Manifest":
         named = tuple({"name": s.path.name, "bytes": s.totals.size, "digest": s.digest.hex()} for s in shards)
         totals = sum((shard.totals for shard in shards), Totals())
-        return cls(made_by.layout, made_by.provenance, made_by.digest().hex(), named, totals)
+        return cls(made_by.layout, made_by.provenance, made_by.libraries, made_by.digest().hex(), named, totals)
 
     def content(self) -> dict[str, Any]:
         lost, several = self.totals.rounding, max(1, self.totals.rounding.entries)
@@ -124,6 +131,7 @@ class Manifest:
             "format": FORMAT,
             "layout": asdict(self.layout),
             "provenance": dict(self.provenance),
+            LIBRARIES: dict(self.libraries),
             "plan": self.plan,
             "shards": list(self.shards),
             "totals": asdict(self.totals),
@@ -143,6 +151,7 @@ def read_manifest(files: Files, path: Path) -> Manifest:
         layout |= {"kind": Kind(layout["kind"]), "compression": Compression(layout["compression"])}
         totals = dict(content["totals"])
         totals |= {"rounding": Rounding(**totals["rounding"])}
-        return Manifest(Layout(**layout), content["provenance"], content["plan"], tuple(content["shards"]), Totals(**totals))
+        made_by = content["provenance"], content[LIBRARIES], content["plan"]
+        return Manifest(Layout(**layout), *made_by, tuple(content["shards"]), Totals(**totals))
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path}: not a manifest of this speckd ({error})", "Capture the teacher again") from None

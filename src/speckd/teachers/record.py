@@ -135,7 +135,7 @@ def body_size(layout: Layout, tokens: int, answered: int, entries: int, crowded:
     """Bytes of a record's body before compression."""
     ids = 0 if layout.kind is Kind.FULL else packed_size(entries, layout.id_bits)
     lengths, each = (4 * answered, layout.count_bytes) if layout.kind is Kind.SAMPLED else (0, layout.precision // 8)
-    return (tokens + 7) // 8 + lengths + ids + (crowded + 7) // 8 + entries * each + 4 * answered
+    return _bitmap_size(tokens) + lengths + ids + (crowded + 7) // 8 + entries * each + 4 * answered
 
 
 def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor | None = None) -> Answer:
@@ -146,10 +146,7 @@ def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor |
     """
     body, answered, entries, crowded = _body(record, token_ids, layout)
     reader = _Reader(body, _apart(layout))
-    flags = np.unpackbits(reader.raw((len(token_ids) + 7) // 8), bitorder="little")
-    there = np.flatnonzero(flags)
-    if len(there) != answered or (answered and there[-1] >= len(token_ids) - 1):
-        raise _damaged("its positions are not as many as it says")
+    there = _positions(reader.raw(_bitmap_size(len(token_ids))), len(token_ids), answered)
     ids: npt.NDArray[np.int64] | None = None
     match layout.kind:
         case Kind.SAMPLED:
@@ -176,17 +173,61 @@ def decode(record: bytes, token_ids: Tensor, layout: Layout, positions: Tensor |
         ) from None
 
 
-def _body(record: bytes, token_ids: Tensor, layout: Layout) -> tuple[Bytes, int, int, int]:
-    """The body, decompressed to no more than the header's numbers allow; answered positions, entries, how many are crowded."""
-    if len(record) < HEADER.size:
+def beginning_size(tokens: int, layout: Layout) -> int:
+    """Bytes of a record that hold its answered positions for certain."""
+    bitmap = _bitmap_size(tokens)
+    # Deflate codes a byte in 15 bits at most, and its tables take less than a kilobyte.
+    return HEADER.size + (bitmap if layout.compression is Compression.NONE else 2 * bitmap + 1024)
+
+
+def positions_in(beginning: bytes, token_ids: Tensor, layout: Layout) -> Tensor:
+    """[n] int64, ascending: the answered positions, by the first `beginning_size` bytes of a record, or all if it is shorter.
+
+    Raises:
+        StoreError: a record of other tokens, or one that is none.
+    """
+    answered, *_ = _numbers(beginning, token_ids, layout)
+    size, bitmap = _bitmap_size(len(token_ids)), beginning[HEADER.size :]
+    if layout.compression is Compression.ZLIB:
+        try:
+            bitmap = zlib.decompressobj().decompress(bitmap, max(1, size))  # 0 were no limit
+        except zlib.error as error:
+            raise _damaged(f"it cannot be decompressed ({error})") from None
+    if len(bitmap) < size:
         raise _damaged("it is cut short")
-    key, tokens, answered, entries, crowded, stored = HEADER.unpack_from(record)
+    return torch.from_numpy(_positions(np.frombuffer(bitmap[:size], dtype=np.uint8), len(token_ids), answered))
+
+
+def _bitmap_size(tokens: int) -> int:
+    return (tokens + 7) // 8
+
+
+def _positions(bitmap: Bytes, tokens: int, answered: int) -> npt.NDArray[np.int64]:
+    there = np.flatnonzero(np.unpackbits(bitmap, bitorder="little"))
+    if len(there) != answered or (answered and there[-1] >= tokens - 1):
+        raise _damaged("its positions are not as many as it says")
+    return there
+
+
+def _numbers(beginning: bytes, token_ids: Tensor, layout: Layout) -> tuple[int, int, int, int]:
+    """What a header says: answered positions, entries, how many are crowded, bytes of the body."""
+    if len(beginning) < HEADER.size:
+        raise _damaged("it is cut short")
+    key, tokens, answered, entries, crowded, stored = HEADER.unpack_from(beginning)
     if key != sequence_key(token_ids) or tokens != len(token_ids):
         raise _damaged("it is of another sequence")
     wrong = entries > answered * layout.width if layout.kind is Kind.SAMPLED else entries != answered * layout.width
-    if answered > max(0, tokens - 1) or wrong or crowded > entries or stored != len(record) - HEADER.size:
+    if answered > max(0, tokens - 1) or wrong or crowded > entries:
         raise _damaged("its header contradicts itself")
-    body, size = record[HEADER.size :], body_size(layout, tokens, answered, entries, crowded)
+    return answered, entries, crowded, stored
+
+
+def _body(record: bytes, token_ids: Tensor, layout: Layout) -> tuple[Bytes, int, int, int]:
+    """The body, decompressed to no more than the header's numbers allow; answered positions, entries, how many are crowded."""
+    answered, entries, crowded, stored = _numbers(record, token_ids, layout)
+    if stored != len(record) - HEADER.size:
+        raise _damaged("its header contradicts itself")
+    body, size = record[HEADER.size :], body_size(layout, len(token_ids), answered, entries, crowded)
     if layout.compression is Compression.ZLIB:
         inflate = zlib.decompressobj()
         try:

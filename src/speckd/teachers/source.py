@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from speckd.compatibility import SharedVocabulary
+from speckd.errors import CapabilityError
 from speckd.objective import Objective
 from speckd.support import shared_support
 from speckd.tokens import SupervisedRows, TokenBatch
@@ -85,6 +86,22 @@ def require_answers(objective: Objective, capabilities: Capabilities, vocabulary
 
 def _example(capabilities: Capabilities, logits: Tensor) -> TeacherSignal:
     if capabilities.top_k is None:
-        return DenseSignal(logits)
+        return DenseSignal(logits) if capabilities.exact_top_k is None else _Rounded(logits, capabilities.exact_top_k)
     log_probs, ids = torch.log_softmax(logits, -1).topk(min(capabilities.top_k, logits.shape[-1]))
     return TopKSignal(ids, log_probs, log_probs[:, 0], capabilities.ranked)
+
+
+@dataclass(frozen=True)
+class _Rounded(DenseSignal):
+    """A whole vocabulary of which only the first `exact_top_k` ranks are the teacher's own."""
+
+    exact_top_k: int
+
+    def in_top_k(self, token_ids: Tensor, k: int) -> Tensor:
+        if k > self.exact_top_k:
+            raise CapabilityError(
+                f"verify_top_k is {k}, but of this teacher's rounded log-probabilities only the top {self.exact_top_k} keep "
+                "their exact order",
+                "Lower verify_top_k, or capture the teacher with teacher_cache_bits: 32",
+            )
+        return super().in_top_k(token_ids, k)

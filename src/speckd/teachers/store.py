@@ -4,8 +4,10 @@ A store is written by any number of processes, each its own shards, and may be r
 manifest is, is the same byte for byte. It is read by the sequence's tokens, so order, epochs and batch size do not matter.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from torch import Tensor
 from speckd.errors import StoreError
 from speckd.teachers.answers import Answer
 from speckd.teachers.files import PARTIAL, Files, alone, exists, named, publish
-from speckd.teachers.layout import Kind, Layout
+from speckd.teachers.layout import Layout
 from speckd.teachers.manifest import (
+    LIBRARIES,
     MANIFEST,
     PLAN,
     Manifest,
@@ -30,8 +33,10 @@ from speckd.teachers.manifest import (
     read_manifest,
     shard_name,
 )
-from speckd.teachers.record import decode, sequence_key
+from speckd.teachers.record import beginning_size, decode, positions_in, sequence_key
 from speckd.teachers.shard import Entry, Shard, Totals, open_shard, write_shard
+
+logger = logging.getLogger(__name__)
 
 _RESUME = "Run `speckd cache` again: it makes what is missing"
 _FIX = "Delete this file and run `speckd cache` again: it makes what is missing"
@@ -49,21 +54,28 @@ class StoreWriter:
 
     @classmethod
     def open(
-        cls, folder: Path, layout: Layout, provenance: Provenance, shards: Sequence[Sequence[bytes]], files: Files | None = None
+        cls,
+        folder: Path,
+        layout: Layout,
+        provenance: Provenance,
+        shards: Sequence[Sequence[bytes]],
+        files: Files | None = None,
+        libraries: Mapping[str, str] | None = None,
     ) -> "StoreWriter":
         """Begins a capture or resumes it.
 
         Args:
-            provenance: what the answers depend on, JSON values by name: teacher, tokenizer, template, temperature, versions.
+            provenance: what the answers depend on, JSON values by name: teacher, tokenizer, template, temperature.
             shards: which sequences go where, by `sequence_key`, in the order in which they will be written.
+            libraries: versions by name, to be kept; of a capture that was begun with others, those stay, and it is said.
 
         Raises:
             StoreError: the folder holds another capture (the fields are named), or cannot be written.
         """
-        writer = cls(Path(folder), plan(layout, provenance, shards), files or Files())
+        writer = cls(Path(folder), plan(layout, provenance, shards, libraries or {}), files or Files())
         with named(writer.folder):
             writer.files.make_folder(writer.folder)
-        writer._agree_on_plan()
+        writer = replace(writer, plan=replace(writer.plan, libraries=writer._agree_on_plan()))
         writer._clean()
         return writer
 
@@ -108,19 +120,25 @@ class StoreWriter:
         self._clean()
         return manifest
 
-    def _agree_on_plan(self) -> None:
+    def _agree_on_plan(self) -> dict[str, str]:
+        """The libraries that the capture was begun with."""
         path, wanted = self.folder / PLAN, self.plan.content()
         if not exists(self.files, path):
             with alone(self.files, path, _PATIENCE):
                 if not exists(self.files, path):
-                    publish(self.files, path, [document(wanted)])
+                    publish(self.files, path, [document({**wanted, LIBRARIES: dict(self.plan.libraries)})])
         kept = read_document(self.files, path)
+        begun_with: dict[str, str] = kept.pop(LIBRARIES, {})
         changed = list(differences(kept, as_json(wanted)))
         if changed:
             raise StoreError(
                 f"{self.folder}: it holds another capture: {'; '.join(changed[:3])}",
                 "Give another folder, or delete this one to capture anew",
             )
+        others = list(differences(begun_with, self.plan.libraries))
+        if others:
+            logger.warning("%s: it was begun with other libraries: %s.", self.folder, "; ".join(others))
+        return begun_with
 
     def _published(self, number: int, thorough: bool) -> bool:
         path = self._path(number)
@@ -211,26 +229,17 @@ class Store:
         """Of all shards, by answered position; 0 where there is none."""
         return self.totals.size / self.totals.answers if self.totals.answers else 0.0
 
-    def require(
-        self, provenance: Provenance, kind: Kind | None = None, vocabulary_size: int | None = None, top_k: int | None = None
-    ) -> None:
+    def require(self, fields: Provenance) -> None:
         """Refuses a cache of something else than the run needs. Only what is given is compared.
 
         Args:
-            provenance: fields that must be as they were at the capture.
-            top_k: so many ranked tokens a position at least.
+            fields: what must be as it was at the capture: of its provenance, and of its layout by the names of the settings.
 
         Raises:
             StoreError: naming the field, both values and the fix.
         """
-        kept = {field: value for field, value in self.manifest.provenance.items() if field in provenance}
-        wrong = list(differences(kept, as_json(provenance)))
-        if kind is not None and kind is not self.layout.kind:
-            wrong.append(f"kind is {self.layout.kind} there and {kind} now")
-        if vocabulary_size is not None and vocabulary_size != self.layout.vocabulary_size:
-            wrong.append(f"vocabulary_size is {self.layout.vocabulary_size} there and {vocabulary_size} now")
-        if top_k is not None and top_k > self.layout.exact_top_k:
-            wrong.append(f"ranks are known up to {self.layout.exact_top_k} there and needed up to {top_k} now")
+        kept = {**self.manifest.provenance, **self.layout.settings}
+        wrong = list(differences({field: kept[field] for field in fields if field in kept}, as_json(fields)))
         if wrong:
             raise StoreError(
                 f"{self.folder}: the cached teacher is not this run's: {'; '.join(wrong)}",
@@ -239,6 +248,22 @@ class Store:
 
     def __contains__(self, token_ids: Tensor) -> bool:
         return self._find(sequence_key(token_ids)) is not None
+
+    def positions(self, token_ids: Tensor) -> Tensor | None:
+        """[n] int64, ascending: where this very sequence, [T], is answered; None where it is not there.
+
+        Reads no answer, and so notices no damage to one.
+
+        Raises:
+            StoreError: a record that is none.
+        """
+        place = self._find(sequence_key(token_ids))
+        if place is None:
+            return None
+        with self._named(place):
+            size = beginning_size(len(token_ids), self.layout)
+            beginning = self.shards[place[0]].beginning(self.files, place[1], size)
+            return positions_in(beginning, token_ids, self.layout)
 
     def answer(self, token_ids: Tensor, positions: Tensor | None = None) -> Answer:
         """The teacher's answers to this very sequence, [T], at these positions (all that there are by default).
@@ -252,13 +277,9 @@ class Store:
                 f"{self.folder}: a sequence of {len(token_ids)} tokens that is trained on is not in the cache",
                 "Run `speckd cache` with this configuration: data, template or truncation have changed",
             )
-        shard = self.shards[place[0]]
-        try:
-            return decode(shard.record(self.files, place[1]), token_ids, self.layout, positions)
-        except StoreError as error:
-            if str(shard.path) in error.what:
-                raise
-            raise StoreError(f"{shard.path}: record {place[1]}: {error.what}", error.fix) from None
+        record = self.shards[place[0]].record(self.files, place[1])
+        with self._named(place):
+            return decode(record, token_ids, self.layout, positions)
 
     def verify(self) -> None:
         """Reads every byte.
@@ -270,6 +291,15 @@ class Store:
             raise StoreError(f"{self.folder / MANIFEST}: it was replaced while it was open", "Open the cache again")
         for shard in self.shards:
             shard.verify(self.files)
+
+    @contextmanager
+    def _named(self, place: tuple[int, int]) -> Iterator[None]:
+        """What is wrong with a record is said with its shard."""
+        try:
+            yield
+        except StoreError as error:
+            path = self.shards[place[0]].path
+            raise StoreError(f"{path}: record {place[1]}: {error.what}", error.fix) from None
 
     def _find(self, key: bytes) -> tuple[int, int] | None:
         wanted = np.frombuffer(key, dtype="<u8")[0]
