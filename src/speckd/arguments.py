@@ -113,9 +113,12 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         default=True,
         metadata={"help": "prove rejections without the teacher's projection, where that pays; changes no verdict"},
     )
-    loss_memory_budget: str = field(
-        default="256MiB",
-        metadata={"help": "memory for logits, such as 512MiB: so many tokens of student and teacher are held at once"},
+    loss_memory_budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "memory for logits, such as 512MiB: so many tokens of student and teacher are held at once; by default "
+            "256MiB on a CPU and 1GiB on a GPU"
+        },
     )
     loss_chunk_size: int | None = field(
         default=None, metadata={"help": "the tokens themselves, instead of loss_memory_budget; changes no result"}
@@ -165,7 +168,8 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             raise ConfigError(
                 f"loss_chunk_size is {self.loss_chunk_size}", "Give a number of tokens of at least 1, or leave it out"
             )
-        _bytes("loss_memory_budget", self.loss_memory_budget)
+        if self.loss_memory_budget is not None:
+            _bytes("loss_memory_budget", self.loss_memory_budget)
         if not 0 <= self.scrambled_teacher_fraction <= 1:
             raise ConfigError(
                 f"scrambled_teacher_fraction is {self.scrambled_teacher_fraction}", "Give a share between 0 and 1"
@@ -276,6 +280,8 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         """
         if self.loss_chunk_size is not None:
             return self.loss_chunk_size
+        if self.loss_memory_budget is None:
+            return default_chunk_size(vocabulary, self.device.type)
         budget = _bytes("loss_memory_budget", self.loss_memory_budget)
         fewest = default_chunk_size(vocabulary, self.device.type, budget_bytes=0)
         least = 8 * fewest * vocabulary  # in float32, the student's and the teacher's

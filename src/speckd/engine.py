@@ -5,6 +5,7 @@ the logits are, and packed, so that a rejected row costs nothing after its verdi
 the products that end in hidden states and weights. Teacher rows whose rejection is certified are not projected.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from speckd.objective import (
     require_finite_gradients,
     require_finite_losses,
     require_usable_logits,
+    usable_logits,
 )
 from speckd.row_pass import JudgedRows, RowResults, wants_support
 from speckd.spans import DIVERGENCE, EARLY_REJECTION, GATE, HEAD_GRADIENTS, STUDENT_HEAD, TEACHER_HEAD, span
@@ -40,8 +42,9 @@ from speckd.types import (
     TopKSignal,
 )
 
-#: For a chunk's logits of student and teacher together.
-DEFAULT_CHUNK_BYTES = 256 * 2**20
+#: For a chunk's logits of student and teacher together. A GPU is idle while a chunk is prepared: fewer and larger ones there.
+_BUDGET_BYTES = {"cpu": 256 * 2**20}
+_BUDGET_ELSEWHERE = 2**30
 DEFAULT_EARLY_REJECTION = EarlyRejection()
 #: Rows from which the products are no faster for being larger.
 _ENOUGH_ROWS = {"cpu": 320, "cuda": 4096}
@@ -70,8 +73,16 @@ class LossOutput:
 DIAGNOSED = 32
 
 
-def default_chunk_size(vocabulary_size: int, device_type: str = "cpu", budget_bytes: int = DEFAULT_CHUNK_BYTES) -> int:
-    """Rows whose logits, of student and teacher in float32, fill the budget; no more than speed needs, and at least 16."""
+def default_chunk_size(vocabulary_size: int, device_type: str = "cpu", budget_bytes: int | None = None) -> int:
+    """Rows whose logits, of student and teacher in float32, fill the budget; no more than speed needs, and at least 16.
+
+    Args:
+        vocabulary_size: of the shared vocabulary.
+        device_type: where, such as "cpu" or "cuda".
+        budget_bytes: by default 256 MiB on a CPU, 1 GiB elsewhere.
+    """
+    if budget_bytes is None:
+        budget_bytes = _BUDGET_BYTES.get(device_type, _BUDGET_ELSEWHERE)
     enough = max(_ENOUGH_ROWS.get(device_type, 4096), 8 * 2**20 // (8 * vocabulary_size))
     return max(16, min(enough, budget_bytes // (8 * vocabulary_size)))
 
@@ -93,7 +104,7 @@ def distillation_loss(
         student_head: the student's head on the shared vocabulary; frozen parameters get no gradient and cost none.
         teacher: answers for indices into the flattened batch; None only where the objective needs no teacher.
         rows: which of the B·L positions are supervised, by `tokens.supervised_rows`.
-        chunk_size: rows at once; by default, what fits 256 MiB of logits. The result does not depend on it.
+        chunk_size: rows at once; by default, as of `default_chunk_size`. The result does not depend on it.
         early_rejection: how rejections are proved without the teacher's projection; None: not at all. Changes no verdict.
 
     Raises:
@@ -105,8 +116,8 @@ def distillation_loss(
         batch = _Batch(
             objective, student_hidden.detach(), student_head.detached(), teacher, rows, chunk_size, early_rejection, gradients
         )
-        found = batch.run()
-        terms = found.terms(objective)
+        terms = batch.run().terms(objective)
+        batch.finite.require(terms.loss, rows.keys)
         total = terms.loss.double().sum().to(batch.dtype)
         if not bool(torch.isfinite(total)):
             raise NonFiniteError("the summed loss exceeds float32", "Lower the learning rate: the logits are out of bounds")
@@ -150,6 +161,32 @@ class _Gradients:
         return _Precomputed.apply(total, [g for g, _ in known], *[s for _, s in known]) if known else total
 
 
+@dataclass(frozen=True)
+class _Finite:
+    """Which rows were so far found to be finite, all [N] bool. Looked at once a batch: a GPU is kept waiting by every look."""
+
+    student: Tensor
+    teacher: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def of(cls, count: int, device: torch.device) -> "_Finite":
+        return cls(*torch.ones(3, count, dtype=torch.bool, device=device))
+
+    def require(self, losses: Tensor, keys: TokenKeys) -> None:
+        """Nothing is said where all is finite; else what went wrong first, logits before losses before gradients."""
+        loss = torch.isfinite(losses)
+        if bool((self.student & self.teacher & loss & self.gradient).all()):
+            return
+        self.require_logits(keys)
+        require_finite_losses(loss, keys)
+        require_finite_gradients(self.gradient, keys)
+
+    def require_logits(self, keys: TokenKeys) -> None:
+        require_usable_logits(self.student, "student", keys)
+        require_usable_logits(self.teacher, "teacher", keys)
+
+
 @dataclass
 class _Batch:
     """One batch on its way through the engine. A chunk's logits become, row by row and in place, packed gradients."""
@@ -174,6 +211,8 @@ class _Batch:
         self.teacher_space = None
         if self.objective.needs_teacher:
             self.teacher_space = room((min(shape[0], self.most), shape[1]), self.dtype, self.hidden.device)
+        self.finite = _Finite.of(len(self.rows), self.hidden.device)
+        self.numbers = torch.arange(len(self.rows), device=self.hidden.device)
         self.waiting: list[Tensor] = []  # which rows the gradients at the head of student_space belong to
         by_definition = wants_support(self.objective)
         closed = isinstance(self.objective.divergence, HasEntries) and not by_definition
@@ -183,15 +222,15 @@ class _Batch:
         self.row_pass = kernels.row_pass(self.objective, self.head, tile, by_definition, self.student_space)
 
     def run(self) -> RowResults:
+        """What was found, row by row; whether it is finite is in `finite`."""
         verdicts = self._first_pass()
         orders, parts, start = [], [], 0
         while start < len(self.rows):
             held = sum(map(len, self.waiting))
             left, free = len(self.rows) - start, min(self.most, self.chunk_size - held)
             count = -(-left // -(-left // free))  # as few chunks as there is room for, of equal size: small products are slow
-            index = torch.arange(start, start + count, device=self.hidden.device)
-            start = int(index[-1]) + 1
-            order, found = self._judge_and_weigh(index, verdicts, held)
+            order, found = self._judge_and_weigh(slice(start, start + count), verdicts, held)
+            start += count
             orders.append(order)
             parts.append(found)
             if start == len(self.rows) or sum(map(len, self.waiting)) > self.chunk_size // 2:
@@ -200,30 +239,31 @@ class _Batch:
 
     # ---- logits -----------------------------------------------------------------------------------------------------------
 
-    def _student(self, index: Tensor, held: int) -> DenseSignal:
+    def _student(self, some: slice, held: int) -> DenseSignal:
         """Logits of some rows, behind the gradients that wait."""
+        index = self.rows.index[some]
         space = self.student_space[held : held + len(index)]
         with span(STUDENT_HEAD):
-            self.head.write(self.hidden[self.rows.index[index]], space)
+            self.head.write(self.hidden[index], space)
         student = self._signal(space)
-        require_usable_logits(student.maximum, "student", self.rows.keys.rows(index))
+        self.finite.student[some] = usable_logits(student.maximum)
         return student
 
-    def _teacher(self, index: Tensor) -> TeacherSignal:
-        """Of some rows; logits in a space of the engine's own, which the row pass may use up."""
+    def _teacher(self, number: Tensor | slice, index: Tensor) -> TeacherSignal:
+        """Of the rows of these numbers, at this `index` of the batch; in a space of the engine's own, which may be used up."""
         assert self.teacher is not None
         assert self.teacher_space is not None
         with span(TEACHER_HEAD):
             space = self.teacher_space[: len(index)]
             if isinstance(self.teacher, DenseTeacherRows):
-                self.teacher.write_logits(self.rows.index[index], space)
+                self.teacher.write_logits(index, space)
             else:
-                signal = self.teacher.signal(self.rows.index[index])
+                signal = self.teacher.signal(index)
                 if isinstance(signal, TopKSignal):
                     return signal.to(self.dtype)  # it may be stored in 16 bits
                 space.copy_(signal.logits)
         signal = self._signal(space)
-        require_usable_logits(signal.maximum, "teacher", self.rows.keys.rows(index))
+        self.finite.teacher[number] = usable_logits(signal.maximum)
         return signal
 
     def _signal(self, logits: Tensor) -> DenseSignal:
@@ -235,65 +275,70 @@ class _Batch:
         if not self.objective.needs_teacher or not isinstance(gate, BatchGate) or not len(self.rows):
             return None
         scores = []
-        for index in torch.arange(len(self.rows), device=self.hidden.device).split(self.most):
-            scores.append(gate.score(self._rows(self._student(index, 0), self._teacher(index), index)))
+        for start in range(0, len(self.rows), self.most):
+            some = slice(start, min(len(self.rows), start + self.most))
+            part = self.rows.rows(some)
+            student, teacher = self._student(some, 0), self._teacher(some, part.index)
+            scores.append(gate.score(Rows.of(student, teacher, part.labels, part.keys)))
+        self.finite.require_logits(self.rows.keys)  # NaN has no rank
         return gate.select(torch.cat(scores), self.rows.keys)
-
-    def _rows(self, student: DenseSignal, teacher: TeacherSignal, index: Tensor) -> Rows:
-        return Rows.of(student, teacher, self.rows.labels[index], self.rows.keys.rows(index))
 
     # ---- verdicts, weights, gradients of logits ----------------------------------------------------------------------------
 
-    def _judge_and_weigh(self, index: Tensor, verdicts: Tensor | None, held: int) -> tuple[Tensor, RowResults]:
+    def _judge_and_weigh(self, some: slice, verdicts: Tensor | None, held: int) -> tuple[Tensor, RowResults]:
         """A chunk's rows in the order in which they were handled, and what was found.
 
         The gradients of those that have one are left behind the `held` that wait.
         """
-        student, teacher = self._student(index, held), None
+        part, numbers = self.rows.rows(some), self.numbers[some]
+        student, teacher = self._student(some, held), None
         acceptance = torch.full_like(student.logits[:, 0], torch.nan)
         if self.objective.needs_teacher:
-            order, possible = self._possible_first(student, index)
-            index, student = index[order], student.reordered(order)
-            teacher = self._teacher(index[:possible])
-            self._diagnose(teacher, index[:possible])
+            order, possible = self._possible_first(student, part)
+            if order is not None:
+                part, numbers, student = part.rows(order), numbers[order], student.reordered(order)
+            first, judged = slice(possible), part.rows(slice(possible))
+            teacher = self._teacher(numbers[first], judged.index)
+            self._diagnose(teacher, some, order)
             acceptance.zero_()
-            acceptance[:possible] = self._judge(student.rows(slice(possible)), teacher, index[:possible], verdicts)
+            known = None if verdicts is None else verdicts[numbers[first]]
+            acceptance[first] = self._judge(student.rows(first), teacher, judged, known)
         with span(DIVERGENCE):
-            out = self.student_space[held : held + len(index)] if self.gradients else None
-            keys = self.rows.keys.rows(index)
-            found, live = self.row_pass(JudgedRows(student, teacher, self.rows.labels[index], keys, acceptance), out)
-        require_finite_losses(found.terms(self.objective).loss, keys)
+            out = self.student_space[held : held + len(numbers)] if self.gradients else None
+            found, live = self.row_pass(JudgedRows(student, teacher, part.labels, part.keys, acceptance), out)
         if out is not None and len(live):
-            self.waiting.append(index[live])
-        return index, found
+            self.waiting.append(numbers[live])
+        return numbers, found
 
-    def _judge(self, student: DenseSignal, teacher: TeacherSignal, index: Tensor, verdicts: Tensor | None) -> Tensor:
+    def _judge(self, student: DenseSignal, teacher: TeacherSignal, rows: SupervisedRows, verdicts: Tensor | None) -> Tensor:
         if verdicts is not None:
-            return verdicts[index]
+            return verdicts
         gate = self.objective.gate
         assert not isinstance(gate, BatchGate)
         with span(GATE):
-            return gate(self._rows(student, teacher, index)).to(self.dtype)
+            return gate(Rows.of(student, teacher, rows.labels, rows.keys)).to(self.dtype)
 
-    def _possible_first(self, student: DenseSignal, index: Tensor) -> tuple[Tensor, int]:
-        """Certified rejections moved behind the other rows, logits included: the new order, and how many may be accepted."""
-        everything = torch.arange(len(index), device=index.device)
+    def _possible_first(self, student: DenseSignal, rows: SupervisedRows) -> tuple[Tensor | None, int]:
+        """Certified rejections moved behind the other rows, logits included: the new order, and how many may be accepted.
+
+        None where nothing was moved.
+        """
         gate, teacher, certify = self.objective.gate, self.teacher, self.early_rejection
         if certify is None or not isinstance(gate, MonotoneGate) or not gate.monotone or not self._spares_rejected:
-            return everything, len(index)
+            return None, len(rows)
         if not isinstance(teacher, DenseTeacherRows) or certify.worth_it(teacher.vocabulary_size) >= 1:
-            return everything, len(index)
-        labels, keys = self.rows.labels[index], self.rows.keys.rows(index)
+            return None, len(rows)
         with span(EARLY_REJECTION):
-            possible = certify.possible(gate, student, teacher, self.rows.index[index], labels, keys)
+            possible = certify.possible(gate, student, teacher, rows.index, rows.labels, rows.keys)
             if float((~possible).double().mean()) < certify.worth_it(teacher.vocabulary_size):
                 self.early_rejection = None  # nor will it pay in this batch's other chunks
-            possible |= _diagnosed(keys)
+            possible |= _diagnosed(rows.keys)
             count = int(possible.sum())
             holes, movers = (~possible[:count]).nonzero()[:, 0], possible[count:].nonzero()[:, 0] + count
             kernels.swap_rows(student.logits, holes, movers, needed=self._teaches_rejected)
-            everything[holes], everything[movers] = movers, holes
-        return everything, count
+            order = torch.arange(len(rows), device=possible.device)
+            order[holes], order[movers] = movers, holes
+        return order, count
 
     @cached_property
     def _spares_rejected(self) -> bool:
@@ -306,9 +351,19 @@ class _Batch:
         """Does a rejected row learn from its label?"""
         return self.objective.label_loss_weight > 0 or float(self.objective.rejected.weights(torch.zeros(1))[1]) != 0
 
-    def _diagnose(self, teacher: TeacherSignal, index: Tensor) -> None:
-        places = _diagnosed(self.rows.keys.rows(index)).nonzero()[:, 0]
-        self.entropy[index[places]] = teacher.entropies(places)
+    @cached_property
+    def _diagnosed_rows(self) -> tuple[Tensor, list[int]]:
+        """The numbers of the rows whose teacher's entropy is measured, here and on the CPU."""
+        found = _diagnosed(self.rows.keys).nonzero()[:, 0]
+        return found, found.tolist()
+
+    def _diagnose(self, teacher: TeacherSignal, some: slice, order: Tensor | None) -> None:
+        """Measures a chunk's; all are among the rows that the teacher answered for."""
+        every, numbers = self._diagnosed_rows
+        own = every[bisect_left(numbers, some.start) : bisect_left(numbers, some.stop)]
+        if len(own):
+            places = own - some.start
+            self.entropy[own] = teacher.entropies(places if order is None else order[places])  # swaps undo themselves
 
     # ---- gradients of hidden states and head ---------------------------------------------------------------------------------
 
@@ -331,7 +386,7 @@ class _Batch:
             gradient = self._gradients_to_multiply(len(owners))
             if wanted.hidden is not None:
                 own = self.head.back(gradient, self.dtype)
-                require_finite_gradients(own, self.rows.keys.rows(owners))
+                self.finite.gradient[owners] = torch.isfinite(own).all(-1)
                 wanted.hidden[where] = own
             if wanted.weight is not None:
                 add_product(

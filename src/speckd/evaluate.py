@@ -12,7 +12,7 @@ from speckd.divergences import forward_kl
 from speckd.engine import default_chunk_size
 from speckd.gates import TopK
 from speckd.head import LMHead
-from speckd.objective import require_usable_logits
+from speckd.objective import require_usable_logits, usable_logits
 from speckd.support import shared_support
 from speckd.teachers import HiddenTeacher
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
@@ -88,7 +88,7 @@ def measure(
             break
         logits = student_head(student_hidden[rows.index[chunk]])
         keys = rows.keys.rows(chunk)
-        require_usable_logits(logits, "student", keys)
+        require_usable_logits(usable_logits(logits), "student", keys)
         labels = rows.labels[chunk]
         student = DenseSignal(logits)
         sums.nll -= float(student.label_log_prob(labels).double().sum())
@@ -98,7 +98,7 @@ def measure(
         sums.teacher_nll -= float(seen.teacher.label_log_prob(labels).double().sum())
         if known.ranked:
             own, reference = shared_support(logits, seen.teacher)
-            require_usable_logits(reference, "teacher", keys)
+            require_usable_logits(usable_logits(reference), "teacher", keys)
             sums.kl += float(forward_kl(own, reference).double().sum())
             sums.agreement += float((logits.argmax(-1) == seen.teacher.argmax()).sum())
             sums.alpha += float(seen.teacher.overlap(seen.student).double().sum())

@@ -10,6 +10,7 @@ from torch import Tensor
 from speckd.errors import CapabilityError, NonFiniteError
 
 _SLAB_BYTES = 3 * 2**19  # of weights, to stay in a core's cache
+_SLAB_BYTES_ELSEWHERE = 2**28  # a GPU is rather called once
 
 #: Fewer rows are added up entry by entry over the whole vocabulary, at 1e-5 of error in float32; by slabs they are not.
 _ENOUGH_ROWS = 16
@@ -83,9 +84,10 @@ class LMHead:
     def at(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """[n, H], [n, C] token ids -> [n, C]: the logits of a few tokens of each row, in at least float32."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        rows = max(1, _SLAB_BYTES // max(1, token_ids.shape[-1] * self.weight.shape[1] * self.weight.element_size()))
+        slab = _SLAB_BYTES if hidden.device.type == "cpu" else _SLAB_BYTES_ELSEWHERE
+        rows = max(1, slab // max(1, token_ids.shape[-1] * self.weight.shape[1] * self.weight.element_size()))
         parts = [
-            self.weight.index_select(0, ids.flatten()).to(dtype).view(*ids.shape, -1).mul_(some.to(dtype)[:, None]).sum(-1)
+            _dot(self.weight.index_select(0, ids.flatten()).view(*ids.shape, -1), some, dtype)
             for some, ids in zip(hidden.split(rows), token_ids.split(rows), strict=True)
         ]
         logits = torch.cat(parts) if parts else hidden.new_zeros(token_ids.shape, dtype=dtype)
@@ -127,6 +129,13 @@ def _factors(a: Tensor, b: Tensor, wanted: torch.dtype) -> tuple[Tensor, Tensor]
     if a.device.type == "cuda" and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
         return a, b
     return a.to(wanted), b.to(wanted)
+
+
+def _dot(rows: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, C, H] · [n, H] -> [n, C]; `rows` may be used up."""
+    if rows.device.type == "cuda" and rows.dtype == hidden.dtype != dtype:
+        return torch.bmm(rows, hidden[..., None], out_dtype=dtype)[..., 0]
+    return rows.to(dtype).mul_(hidden.to(dtype)[:, None]).sum(-1)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float, overwrite: bool = False) -> None:

@@ -114,31 +114,35 @@ def _on_support(rows: Rows, index: Tensor, temperature: float) -> tuple[Tensor, 
     return shared_support(rows.student_logits[index], rows.teacher.rows(index), temperature)
 
 
-def require_usable_logits(logits: Tensor, who: str, keys: TokenKeys) -> None:
-    """Refuses NaN, +inf and rows that are −inf throughout. Single −inf entries are tokens that are ruled out: fine."""
-    largest = logits.amax(-1)  # propagates NaN
+def usable_logits(logits: Tensor) -> Tensor:
+    """[N, V] -> [N] bool: False where there is NaN, +inf, or −inf throughout. A single −inf is a token that is ruled out."""
+    return torch.isfinite(logits.amax(-1))  # which propagates NaN
+
+
+def require_usable_logits(usable: Tensor, who: str, keys: TokenKeys) -> None:
+    """Refuses rows whose logits are not; `usable`: [N], as of `usable_logits`."""
     _require(
-        torch.isfinite(largest),
+        usable,
         keys,
         f"the {who}'s logits are NaN or infinite",
         f"If the {who} is trained, lower the learning rate; if not, load it in float32 or bfloat16 and check its weights",
     )
 
 
-def require_finite_gradients(gradients: Tensor, keys: TokenKeys) -> None:
-    """Refuses NaN and infinite gradients of hidden states, [N, H], even where the loss is finite."""
+def require_finite_gradients(finite: Tensor, keys: TokenKeys) -> None:
+    """Refuses NaN and infinite gradients of hidden states, even where the loss is finite; `finite`: [N] bool, a row's."""
     _require(
-        torch.isfinite(gradients).all(-1),
+        finite,
         keys,
         "the gradient is NaN or infinite although the loss is not",
         "Use another divergence (generalized_jsd and total_variation are bounded), or lower the learning rate",
     )
 
 
-def require_finite_losses(losses: Tensor, keys: TokenKeys) -> None:
-    """Refuses an infinite or NaN loss: one side gives probability 0 to what the other believes in."""
+def require_finite_losses(finite: Tensor, keys: TokenKeys) -> None:
+    """Refuses an infinite or NaN loss: one side gives probability 0 to what the other believes in; `finite`: [N] bool."""
     _require(
-        torch.isfinite(losses),
+        finite,
         keys,
         "the loss is NaN or infinite",
         "One model rules out (probability 0) a token that "

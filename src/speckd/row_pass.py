@@ -139,13 +139,13 @@ class RowPass:
 
     def label_slopes(self, rows: JudgedRows, fallen: Tensor, found: RowResults, wanted: bool) -> Tensor | None:
         """[n] derivative of fallback and label loss for the label's log-probability; None where no row has either."""
-        weight, falls = self.objective.label_loss_weight, fallen != 0
-        if weight == 0 and not bool(falls.any()):
+        weight, falls = self.objective.label_loss_weight, fallen.nonzero()[:, 0]
+        if weight == 0 and not len(falls):
             return None
-        needed = torch.arange(len(falls), device=falls.device) if weight else falls.nonzero()[:, 0]
+        needed = torch.arange(len(fallen), device=fallen.device) if weight else falls
         found.label_log_prob[needed] = rows.student.label_log_probs(needed, rows.labels[needed])
         slopes = torch.full_like(found.label_log_prob, -weight)
-        if bool(falls.any()) and not self.by_definition:
+        if len(falls) and not self.by_definition:
             with torch.set_grad_enabled(wanted):
                 leaf = found.label_log_prob[falls].requires_grad_(wanted)
                 value = self.objective.rejected.fallback(FallbackRows(leaf, _no_support, self.objective.divergence_temperature))

@@ -38,6 +38,10 @@ class SupervisedRows:
     def __len__(self) -> int:
         return self.index.numel()
 
+    def rows(self, index: Tensor | slice) -> "SupervisedRows":
+        """Some of them; views where `index` is a slice."""
+        return SupervisedRows(self.index[index], self.labels[index], self.keys.rows(index))
+
 
 def supervised_rows(batch: TokenBatch, seed: int = 0, epoch: int = 0) -> SupervisedRows:
     """Shifts by one: the hidden state at t predicts the token at t + 1, never across the border of two samples."""

@@ -36,8 +36,8 @@ class KernelPass(RowPass):
     def __call__(self, rows: JudgedRows, out: Tensor | None) -> tuple[RowResults, Tensor]:
         on, fallen = token_weights(self.objective, rows.acceptance)
         found = RowResults.of(rows.acceptance)
-        taught, live = on != 0, (on != 0) | (fallen != 0) | (self.objective.label_loss_weight > 0)
-        first, second = taught.nonzero()[:, 0], (live & ~taught).nonzero()[:, 0]
+        order = _Order.of(on != 0, (on != 0) | (fallen != 0) | (self.objective.label_loss_weight > 0))
+        first, second = order.taught, order.labelled
         chunk = _Chunk(
             self, rows, self._measured(rows.student), self.label_slopes(rows, fallen, found, out is not None), out is not None
         )
@@ -53,7 +53,8 @@ class KernelPass(RowPass):
                 self._learn_apart(rows, teacher, apart, found, out)
         if out is None:
             return found, torch.cat([first, second])
-        return found, _packed(out, live, len(first) + len(second))
+        move_rows(out, order.movers, order.holes)
+        return found, order.packed
 
     def _measured(self, signal: DenseSignal) -> MeasuredSignal:
         temperature = self.objective.divergence_temperature
@@ -175,11 +176,35 @@ class _Chunk:
         return gradient if slope is None else gradient * slope
 
 
-def _packed(data: Tensor, live: Tensor, count: int) -> Tensor:
-    """Moves those of the `count` live rows, [n] bool, that lie behind the front into its holes; which row lies where now."""
-    holes, movers = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
-    move_rows(data, movers, holes)
-    return torch.arange(count, device=data.device).index_copy_(0, holes, movers)
+@dataclass(frozen=True)
+class _Order:
+    """Rows by what they learn: from the divergence, [t], and from the label alone, [l]; both ascending.
+
+    `packed`: [t + l], which row lies where once those behind the first t + l, the `movers`, are in the `holes` between them.
+    """
+
+    taught: Tensor
+    labelled: Tensor
+    movers: Tensor
+    holes: Tensor
+    packed: Tensor
+
+    @classmethod
+    def of(cls, taught: Tensor, live: Tensor) -> "_Order":
+        """[n] bool each; `taught` rows are `live`. The GPU is waited for once, for three numbers."""
+        everything = torch.arange(len(live), device=live.device)
+        several = live.sum()
+        front = everything < several
+        numbers = torch.stack([taught.sum(), several, (front & ~live).sum()]).tolist()
+        by_kind = (2 - taught.to(torch.int8) - live.to(torch.int8)).argsort(stable=True)
+        first, second = by_kind[: numbers[0]], by_kind[numbers[0] : numbers[1]]
+        packed, moved = everything[: numbers[1]], everything[: numbers[2]]
+        if len(moved):
+            #  First of all holes in front, then what is where it may stay, then the movers: each kind ascending.
+            places = (1 - (front & ~live).to(torch.int8) + (live & ~front).to(torch.int8)).argsort(stable=True)
+            holes, movers = places[: len(moved)], places[len(live) - len(moved) :]
+            return cls(first, second, movers, holes, packed.index_copy(0, holes, movers))
+        return cls(first, second, moved, moved, packed)
 
 
 def move_rows(data: Tensor, sources: Tensor, targets: Tensor, swap: bool = False) -> None:
