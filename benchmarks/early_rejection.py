@@ -142,7 +142,7 @@ def possible(step: Step, gate: MonotoneGate) -> Tensor:
 def pays_from(share: float) -> str:
     """The smallest vocabulary at which the default switch goes on where this share of all rows is certified."""
     largest = 2**24
-    found = bisect_left(range(1, largest), True, key=lambda size: share >= DEFAULT.worth_it(size)) + 1
+    found = bisect_left(range(1, largest), True, key=lambda size: share >= DEFAULT.worth_it(size, "cpu")) + 1
     return f"{found:,}" if found < largest else "never"
 
 
@@ -173,8 +173,9 @@ def cells(entry: dict[str, Any], vocabulary_size: int) -> list[str]:
     milliseconds = {way: f"{1000 * statistics.median(taken):.1f}" for way, taken in seconds.items()}
     profit = [f"{1 - ratio(seconds[way], seconds['without']):+.1%}" for way in ("default", "forced")]
     shares = (found.accepted, 1 - found.accepted, found.certified_of_rejected, found.certified)
+    least = DEFAULT.worth_it(vocabulary_size, "cpu")
     return [
-        entry["pair"], entry["gate"], *(f"{share:.1%}" for share in shares), f"{DEFAULT.worth_it(vocabulary_size):.1%}",
+        entry["pair"], entry["gate"], *(f"{share:.1%}" for share in shares), f"{least:.1%}",
         found.decision, pays_from(found.certified), milliseconds["without"], f"{spread(seconds['without']):.0%}",
         milliseconds["default"], milliseconds["forced"], *profit,
     ]  # fmt: skip

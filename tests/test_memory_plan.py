@@ -192,8 +192,8 @@ def test_the_number_of_tokens_overrides_the_budget() -> None:
     assert config(loss_chunk_size=3, loss_memory_budget="1KiB").chunk_size(152_064) == 3
 
 
-@pytest.mark.parametrize("budget", ["256", "many", "-1MiB", "infMiB", "", None])
-def test_a_budget_without_a_unit_or_sense_is_refused(budget: str | None) -> None:
+@pytest.mark.parametrize("budget", ["256", "many", "-1MiB", "infMiB", ""])
+def test_a_budget_without_a_unit_or_sense_is_refused(budget: str) -> None:
     with pytest.raises(ConfigError, match="loss_memory_budget is '.*'. Give a number with a unit"):
         config(loss_memory_budget=budget)
 

@@ -117,7 +117,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         default=None,
         metadata={
             "help": "memory for logits, such as 512MiB: so many tokens of student and teacher are held at once; by default "
-            "256MiB on a CPU and 1GiB on a GPU"
+            "256MiB on a CPU and 2GiB on a GPU"
         },
     )
     loss_chunk_size: int | None = field(

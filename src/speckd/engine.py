@@ -25,7 +25,6 @@ from speckd.objective import (
     require_finite_gradients,
     require_finite_losses,
     require_usable_logits,
-    usable_logits,
 )
 from speckd.row_pass import JudgedRows, RowResults, wants_support
 from speckd.spans import DIVERGENCE, EARLY_REJECTION, GATE, HEAD_GRADIENTS, STUDENT_HEAD, TEACHER_HEAD, span
@@ -44,7 +43,7 @@ from speckd.types import (
 
 #: For a chunk's logits of student and teacher together. A GPU is idle while a chunk is prepared: fewer and larger ones there.
 _BUDGET_BYTES = {"cpu": 256 * 2**20}
-_BUDGET_ELSEWHERE = 2**30
+_BUDGET_ELSEWHERE = 2 * 2**30
 DEFAULT_EARLY_REJECTION = EarlyRejection()
 #: Rows from which the products are no faster for being larger.
 _ENOUGH_ROWS = {"cpu": 320, "cuda": 4096}
@@ -79,7 +78,7 @@ def default_chunk_size(vocabulary_size: int, device_type: str = "cpu", budget_by
     Args:
         vocabulary_size: of the shared vocabulary.
         device_type: where, such as "cpu" or "cuda".
-        budget_bytes: by default 256 MiB on a CPU, 1 GiB elsewhere.
+        budget_bytes: by default 256 MiB on a CPU, 2 GiB elsewhere.
     """
     if budget_bytes is None:
         budget_bytes = _BUDGET_BYTES.get(device_type, _BUDGET_ELSEWHERE)
@@ -117,7 +116,7 @@ def distillation_loss(
             objective, student_hidden.detach(), student_head.detached(), teacher, rows, chunk_size, early_rejection, gradients
         )
         terms = batch.run().terms(objective)
-        batch.finite.require(terms.loss, rows.keys)
+        batch.largest.require_finite(terms.loss, rows.keys)
         total = terms.loss.double().sum().to(batch.dtype)
         if not bool(torch.isfinite(total)):
             raise NonFiniteError("the summed loss exceeds float32", "Lower the learning rate: the logits are out of bounds")
@@ -162,29 +161,31 @@ class _Gradients:
 
 
 @dataclass(frozen=True)
-class _Finite:
-    """Which rows were so far found to be finite, all [N] bool. Looked at once a batch: a GPU is kept waiting by every look."""
+class _Largest:
+    """What is not finite wherever anything is not, [N] each: the largest logits of a row, the norm of its gradient.
+
+    Looked at once a batch: a GPU is kept waiting by every look.
+    """
 
     student: Tensor
     teacher: Tensor
     gradient: Tensor
 
     @classmethod
-    def of(cls, count: int, device: torch.device) -> "_Finite":
-        return cls(*torch.ones(3, count, dtype=torch.bool, device=device))
+    def of(cls, like: Tensor) -> "_Largest":
+        return cls(*like.new_zeros(3, len(like)))
 
-    def require(self, losses: Tensor, keys: TokenKeys) -> None:
+    def require_finite(self, losses: Tensor, keys: TokenKeys) -> None:
         """Nothing is said where all is finite; else what went wrong first, logits before losses before gradients."""
-        loss = torch.isfinite(losses)
-        if bool((self.student & self.teacher & loss & self.gradient).all()):
+        if bool(torch.isfinite(self.student + self.teacher + self.gradient + losses).all()):
             return
-        self.require_logits(keys)
-        require_finite_losses(loss, keys)
-        require_finite_gradients(self.gradient, keys)
+        self.require_finite_logits(keys)
+        require_finite_losses(torch.isfinite(losses), keys)
+        require_finite_gradients(torch.isfinite(self.gradient), keys)
 
-    def require_logits(self, keys: TokenKeys) -> None:
-        require_usable_logits(self.student, "student", keys)
-        require_usable_logits(self.teacher, "teacher", keys)
+    def require_finite_logits(self, keys: TokenKeys) -> None:
+        require_usable_logits(torch.isfinite(self.student), "student", keys)
+        require_usable_logits(torch.isfinite(self.teacher), "teacher", keys)
 
 
 @dataclass
@@ -211,7 +212,7 @@ class _Batch:
         self.teacher_space = None
         if self.objective.needs_teacher:
             self.teacher_space = room((min(shape[0], self.most), shape[1]), self.dtype, self.hidden.device)
-        self.finite = _Finite.of(len(self.rows), self.hidden.device)
+        self.largest = _Largest.of(self.entropy)
         self.numbers = torch.arange(len(self.rows), device=self.hidden.device)
         self.waiting: list[Tensor] = []  # which rows the gradients at the head of student_space belong to
         by_definition = wants_support(self.objective)
@@ -222,7 +223,7 @@ class _Batch:
         self.row_pass = kernels.row_pass(self.objective, self.head, tile, by_definition, self.student_space)
 
     def run(self) -> RowResults:
-        """What was found, row by row; whether it is finite is in `finite`."""
+        """What was found, row by row; whether it is finite, `largest` says."""
         verdicts = self._first_pass()
         orders, parts, start = [], [], 0
         while start < len(self.rows):
@@ -246,7 +247,7 @@ class _Batch:
         with span(STUDENT_HEAD):
             self.head.write(self.hidden[index], space)
         student = self._signal(space)
-        self.finite.student[some] = usable_logits(student.maximum)
+        self.largest.student[some] = student.maximum[:, 0]
         return student
 
     def _teacher(self, number: Tensor | slice, index: Tensor) -> TeacherSignal:
@@ -263,7 +264,7 @@ class _Batch:
                     return signal.to(self.dtype)  # it may be stored in 16 bits
                 space.copy_(signal.logits)
         signal = self._signal(space)
-        self.finite.teacher[number] = usable_logits(signal.maximum)
+        self.largest.teacher[number] = signal.maximum[:, 0]
         return signal
 
     def _signal(self, logits: Tensor) -> DenseSignal:
@@ -280,7 +281,7 @@ class _Batch:
             part = self.rows.rows(some)
             student, teacher = self._student(some, 0), self._teacher(some, part.index)
             scores.append(gate.score(Rows.of(student, teacher, part.labels, part.keys)))
-        self.finite.require_logits(self.rows.keys)  # NaN has no rank
+        self.largest.require_finite_logits(self.rows.keys)  # NaN has no rank
         return gate.select(torch.cat(scores), self.rows.keys)
 
     # ---- verdicts, weights, gradients of logits ----------------------------------------------------------------------------
@@ -292,7 +293,6 @@ class _Batch:
         """
         part, numbers = self.rows.rows(some), self.numbers[some]
         student, teacher = self._student(some, held), None
-        acceptance = torch.full_like(student.logits[:, 0], torch.nan)
         if self.objective.needs_teacher:
             order, possible = self._possible_first(student, part)
             if order is not None:
@@ -300,9 +300,11 @@ class _Batch:
             first, judged = slice(possible), part.rows(slice(possible))
             teacher = self._teacher(numbers[first], judged.index)
             self._diagnose(teacher, some, order)
-            acceptance.zero_()
             known = None if verdicts is None else verdicts[numbers[first]]
-            acceptance[first] = self._judge(student.rows(first), teacher, judged, known)
+            acceptance = self._judge(student.rows(first), teacher, judged, known)
+            acceptance = torch.nn.functional.pad(acceptance, (0, len(part) - possible))  # what is certified is rejected
+        else:
+            acceptance = self.entropy.new_full((len(part),), torch.nan)
         with span(DIVERGENCE):
             out = self.student_space[held : held + len(numbers)] if self.gradients else None
             found, live = self.row_pass(JudgedRows(student, teacher, part.labels, part.keys, acceptance), out)
@@ -326,11 +328,14 @@ class _Batch:
         gate, teacher, certify = self.objective.gate, self.teacher, self.early_rejection
         if certify is None or not isinstance(gate, MonotoneGate) or not gate.monotone or not self._spares_rejected:
             return None, len(rows)
-        if not isinstance(teacher, DenseTeacherRows) or certify.worth_it(teacher.vocabulary_size) >= 1:
+        if not isinstance(teacher, DenseTeacherRows):
+            return None, len(rows)
+        least = certify.worth_it(teacher.vocabulary_size, self.hidden.device.type)
+        if least >= 1:
             return None, len(rows)
         with span(EARLY_REJECTION):
             possible = certify.possible(gate, student, teacher, rows.index, rows.labels, rows.keys)
-            if float((~possible).double().mean()) < certify.worth_it(teacher.vocabulary_size):
+            if float((~possible).double().mean()) < least:
                 self.early_rejection = None  # nor will it pay in this batch's other chunks
             possible |= _diagnosed(rows.keys)
             count = int(possible.sum())
@@ -386,7 +391,7 @@ class _Batch:
             gradient = self._gradients_to_multiply(len(owners))
             if wanted.hidden is not None:
                 own = self.head.back(gradient, self.dtype)
-                self.finite.gradient[owners] = torch.isfinite(own).all(-1)
+                self.largest.gradient[owners] = torch.linalg.vector_norm(own, torch.inf, dim=-1)
                 wanted.hidden[where] = own
             if wanted.weight is not None:
                 add_product(

@@ -38,7 +38,7 @@ class RowResults:
 
     @classmethod
     def of(cls, acceptance: Tensor) -> "RowResults":
-        return cls(acceptance, *(torch.full_like(acceptance, torch.nan) for _ in range(3)))
+        return cls(acceptance, *acceptance.new_full((3, len(acceptance)), torch.nan))
 
     @classmethod
     def joined(cls, parts: list["RowResults"], like: Tensor) -> "RowResults":
