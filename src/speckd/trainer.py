@@ -398,6 +398,7 @@ class SpecKDTrainer(SFTTrainer):
             self.accelerator.process_index,
             self.accelerator.num_processes,
             self._expect,
+            self.source.forget_expected,
         )
         remember_order(loader, ahead.begin)
         announce_batches(loader, ahead.collated)
