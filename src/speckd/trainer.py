@@ -376,6 +376,11 @@ class SpecKDTrainer(SFTTrainer):
         for dataset in (self.train_dataset, *held_out.values()):
             yield from () if dataset is None else sequences_in(dataset)
 
+    def close(self) -> None:
+        """Lets go of the teacher, with the connections and threads of its servers: nothing can be asked of it afterwards."""
+        if self.source is not None:
+            self.source.close()
+
     # ---- loss ----------------------------------------------------------------------------------------------------------
 
     def _rows(self, inputs: dict[str, Any], vocabulary: SharedVocabulary | None = None) -> SupervisedRows:

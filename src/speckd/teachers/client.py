@@ -249,7 +249,7 @@ class ServerPool:
         self._closed = True
         if self._loop is None or self._thread is None:
             return
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, TimeoutError):  # ended already, or a connection that will not
             asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout=10)
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
