@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
@@ -439,10 +440,13 @@ class SpecKDTrainer(SFTTrainer):
         return None
 
     def _stop_where_lost(self, lost: SpeckdError | None, losers: int) -> None:
+        """Everywhere with the cause, for the first process that ends takes the others, and what they had to say, with it."""
+        told_by_all = gather_object([None if lost is None else (lost.what, lost.fix)]) if losers else []
         if lost is not None:
             raise lost
         if losers:
-            raise TeacherLostError("another process has lost its teacher", "See what that one says")
+            what, fix = next(told for told in told_by_all if told is not None)
+            raise TeacherLostError(f"another process has lost its teacher: {what}", fix)
 
     def _mask_repeated_rows(self, batches: list[dict[str, Any]]) -> None:
         """An epoch's last batches are filled up with rows seen before, so that processes have as many: learn none twice."""
