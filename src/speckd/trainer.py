@@ -187,6 +187,7 @@ class SpecKDTrainer(SFTTrainer):
         self._training_vocabulary = self.vocabulary if self.objective.needs_teacher else SharedVocabulary(width)
         if self.source is not None:
             self._check_capabilities(self.source)
+        self._check_best_metric()
         # How the loss is computed, whatever it is: tokens at once, and whether rejections are proved early.
         early = EarlyRejection() if args.early_rejection and not args.teacher_mixture else None  # few logits prove no mixture
         self._how = args.chunk_size(self._training_vocabulary.size), early
@@ -266,6 +267,23 @@ class SpecKDTrainer(SFTTrainer):
                 "scrambled_teacher_fraction: only a teacher with its whole vocabulary can be scrambled",
                 "Remove it, or use the teacher's model",
             )
+
+    def _check_best_metric(self) -> None:
+        """Refuses to choose checkpoints by what evaluation will not give, which would end the run at the first one."""
+        best = self.args.metric_for_best_model
+        if best is None or self.args.eval_strategy == "no":
+            return
+        known = None if self.source is None else self.source.capabilities
+        measured = ["loss", *HeldOutSums(tokens=1, sequences=1).result(known)]
+        parts = [f"{name}_" for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else [""]
+        given = [f"{part}{name}" for part in parts for name in measured]
+        if best.removeprefix("eval_") in given:
+            return
+        bound = f"{best.removeprefix('eval_')}_at_least"
+        raise ConfigError(
+            f"metric_for_best_model: {best} is not among what is measured with this teacher",
+            f"Set metric_for_best_model: {bound}" if bound in given else f"Take one of {', '.join(given)}",
+        )
 
     def _prompt_sharing(self, source: ModelSource) -> PromptSharing | None:
         """How the teacher computes a start that several rows share once; None where that cannot be, said if it was wanted."""
