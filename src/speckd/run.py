@@ -32,7 +32,7 @@ from speckd.errors import ConfigError, TeacherLostError
 from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings, student_options
-from speckd.teacher_sources import remember_servers, require_ready, source_elsewhere
+from speckd.teacher_sources import remember_servers, require_ready, source_elsewhere, source_named
 from speckd.teachers.sharding import size as parameter_size
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log
@@ -333,9 +333,11 @@ def _publish(settings: Settings, trainer: SpecKDTrainer, output: Path, start: di
     if (held_out := trainer.dropped_rows.get("eval")) is not None:
         name = settings.run.eval_dataset or f"{settings.run.dataset_name} (held-out split)"
         data |= {"held out": name, "held-out rows": held_out.total, "held-out rows dropped": len(held_out.rows)}
+    teacher, answers = source_named(trainer.source) or (_teacher_name(settings), None)
     facts = CardFacts(
         student=str(settings.model.model_name_or_path),
-        teacher=_teacher_name(settings),
+        teacher=teacher,
+        answers=answers,
         method=describe_method(settings),
         given=settings.given,
         everything=all_settings(settings),

@@ -91,6 +91,21 @@ def _served(settings: Settings, tokens: int, width: int, ready_s: float) -> Serv
     return ServedSource(pool, vocabulary, None if whole else args.teacher_top_k)
 
 
+def source_named(source: TeacherSource | None) -> tuple[str, str] | None:
+    """Of a teacher elsewhere: which model it is, as the cache or the servers say, and how its answers came."""
+    match source:
+        case CachedSource(store):
+            layout, said = store.layout, store.manifest.provenance
+            kept = f"{layout.kind} of {layout.draws or layout.width} tokens, {layout.precision} bits"
+            revision = f"revision {said['teacher_revision']}; " if said.get("teacher_revision") else ""
+            return str(said.get("teacher")), f"{revision}from a cache of its answers: {kept}"
+        case ServedSource(pool=pool) if pool.models:
+            k = source.capabilities.top_k
+            return ", ".join(pool.models), f"served; {'the whole vocabulary' if k is None else f'its top {k} tokens'}"
+        case _:
+            return None
+
+
 def require_ready(trainer: SpecKDTrainer, output: Path) -> None:
     """Asks a teacher elsewhere whether it can answer what this run will ask.
 

@@ -185,6 +185,11 @@ class ServerPool:
         return Capabilities(self._talk.top_k)
 
     @property
+    def models(self) -> list[str]:
+        """Names of what the servers hold, as they said when they were probed."""
+        return sorted({server.facts.model for server in self._servers if server.facts is not None})
+
+    @property
     def canary(self) -> Answer:
         """What the servers said of the canary at the start. To be kept with a checkpoint, and handed to `probe` at a resume."""
         if self._talk.canary is None:
