@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from speckd.arguments import SpecKDConfig
 from speckd.collation import number_teachers
 from speckd.compatibility import require_same_tokens
 from speckd.config import nearest
@@ -70,7 +71,7 @@ def output_folder(settings: Settings) -> Path:
     if not output.exists() or settings.run.overwrite_output_dir:
         return output
     kept = {path.name for path in output.iterdir() if not path.name.startswith(".")} - _LEFT_BY_A_FAILED_RUN
-    if kept and not resumes(settings):
+    if kept and not resumes(settings.training):
         raise ConfigError(
             f"output_dir: {output} exists and is not empty",
             "Choose another, or --resume_from_checkpoint true, or --overwrite_output_dir true",
@@ -275,14 +276,15 @@ def _tokenizer(key: str, name: str, revision: str, settings: Settings) -> PreTra
         ) from error
 
 
-def resumes(settings: Settings) -> bool:
-    return str(settings.training.resume_from_checkpoint).lower() not in ("none", "false", "no")
+def resumes(args: SpecKDConfig) -> bool:
+    """A file's false is a truth value, the command line's a text."""
+    return str(args.resume_from_checkpoint).lower() not in ("none", "false", "no")
 
 
 def checkpoint_to_resume(settings: Settings, output: Path) -> str | None:
     """The checkpoint to go on from: the one named, or the last; refused where the settings have changed."""
     wanted = settings.training.resume_from_checkpoint
-    if not resumes(settings):
+    if not resumes(settings.training):
         return None
     last = get_last_checkpoint(str(output)) if output.is_dir() else None
     found = last if str(wanted).lower() == "true" else str(wanted)

@@ -13,6 +13,7 @@ class Lookahead:
         depth: batches ahead.
         process, processes: batches go round the processes.
         tell: gets the rows of a coming batch; each batch is told once.
+        forget: called as an epoch begins: nothing that was told before is still to come.
     """
 
     def __init__(
@@ -24,9 +25,10 @@ class Lookahead:
         process: int,
         processes: int,
         tell: Callable[[list[Any]], None],
+        forget: Callable[[], None],
     ) -> None:
         self._dataset, self._column, self._size, self._depth = dataset, column, batch_size, depth
-        self._process, self._processes, self._tell = process, processes, tell
+        self._process, self._processes, self._tell, self._forget = process, processes, tell, forget
         self._row_of = {row[column][0]: number for number, row in enumerate(dataset.select_columns([column]))}
         self._order: list[int] = []
         self._place_of: dict[int, int] = {}
@@ -34,6 +36,7 @@ class Lookahead:
 
     def begin(self, order: list[int]) -> None:
         """A new epoch's order of the rows."""
+        self._forget()
         self._order, self._told = order, set()
         self._place_of = {row: place for place, row in enumerate(order)}
 
@@ -43,6 +46,8 @@ class Lookahead:
         if place is None:
             return
         own = place // self._size
+        if own % self._processes != self._process:
+            return  # another process's batch, with which this one's epoch is filled up
         for number in range(own + self._processes, own + (self._depth + 1) * self._processes, self._processes):
             rows = self._order[number * self._size : (number + 1) * self._size]
             if rows and number not in self._told:

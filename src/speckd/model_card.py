@@ -14,10 +14,10 @@ import speckd
 _MEASURES = {
     "nll": "NLL, nats a token",
     "kl": "KL(teacher ‖ student), nats a token",
-    "kl_at_least": "the same on the teacher's top-K and a tail: at most the whole, nats a token",
+    "kl_at_least": "KL(teacher ‖ student) on the teacher's top-K and a tail: at most the whole, nats a token",
     "agreement": "agreement of the most probable token",
     "alpha": "expected acceptance Σ min(p, q)",
-    "alpha_at_least": "the same over the teacher's top-K: at most the whole",
+    "alpha_at_least": "expected acceptance over the teacher's top-K: at most the whole",
     "tar": "token acceptance rate (Top-5 rule, mean over sequences)",
     "teacher_nll": "the teacher's own NLL",
     "tokens": "held-out tokens",
@@ -26,11 +26,16 @@ _MEASURES = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made of. `given`: settings that were said, `everything`: all with their resolved values; `start`, `end`:
-    held-out measures before and after; `data`: name to how much; `folder`: the student's; `warnings`: said in training."""
+    """What a card is made of.
+
+    `answers`: how the teacher's came, where it was elsewhere; `given`: settings that were said, `everything`: all with their
+    resolved values; `start`, `end`: held-out measures before and after; `data`: name to how much; `folder`: the student's;
+    `warnings`: said in training.
+    """
 
     student: str
     teacher: str | None
+    answers: str | None
     method: str
     given: dict[str, Any]
     everything: dict[str, Any]
@@ -64,6 +69,7 @@ def model_card(facts: CardFacts) -> str:
     front["base_model"] = facts.student
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     teacher = f" by `{_code(facts.teacher)}`" if facts.teacher else ""
+    teacher += f" ({_cell(facts.answers)})" if facts.answers else ""
     how = f"taught{teacher}" if facts.distilled else f"fine-tuned, and measured{teacher}" if teacher else "fine-tuned"
     warnings = "".join(f"\n> {_cell(warning)}\n" for warning in facts.warnings)
     return f"""---

@@ -4,7 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
@@ -43,11 +43,11 @@ def profile(config: Path | None, recipe: str | None, flags: list[str], steps: in
         settings = load_settings(config, recipe, [*flags, *nothing_kept(folder), "--max_steps", str(WARM_UP + steps)])
         settings.training.include_num_input_tokens_seen = "non_padding"  # the command line knows it as a truth value only
         say_things_once(settings)
-        trainer = prepared_trainer(settings, Path(folder))
-        found = measured(trainer)
-        if trainer.is_world_process_zero():
-            print(found.table())
-        leave_together(trainer)
+        with closing(prepared_trainer(settings, Path(folder))) as trainer:
+            found = measured(trainer)
+            if trainer.is_world_process_zero():
+                print(found.table())
+            leave_together(trainer)
 
 
 def measured(trainer: SpecKDTrainer) -> "StepProfile":

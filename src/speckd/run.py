@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from speckd.errors import ConfigError, TeacherLostError
 from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings, student_options
-from speckd.teacher_sources import remember_servers, require_ready, source_elsewhere
+from speckd.teacher_sources import remember_servers, require_ready, source_elsewhere, source_named
 from speckd.teachers.sharding import size as parameter_size
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log
@@ -55,14 +55,20 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
     say_things_once(settings)
     output = output_folder(settings)
     checkpoint = checkpoint_to_resume(settings, output)
-    trainer = prepared_trainer(settings, output)
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            _forget_earlier_run(output)
-        if config is None or config.resolve() != (output / "config.yaml").resolve():
-            (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
-        remember_servers(trainer, output)
+    with closing(prepared_trainer(settings, output)) as trainer:
+        if trainer.is_world_process_zero():
+            output.mkdir(parents=True, exist_ok=True)
+            if checkpoint is None:
+                _forget_earlier_run(output)
+            if config is None or config.resolve() != (output / "config.yaml").resolve():
+                (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
+            remember_servers(trainer, output)
+        _trained(settings, trainer, output, checkpoint)
+    return output
+
+
+def _trained(settings: Settings, trainer: SpecKDTrainer, output: Path, checkpoint: str | None) -> None:
+    """Measures, trains, measures and saves."""
     try:
         start = _start(trainer, output, resumed=checkpoint is not None)
         # A run killed after its last step has nothing left to train.
@@ -76,7 +82,6 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
     if trainer.is_world_process_zero():
         _publish(settings, trainer, output, start, end)
     leave_together(trainer)
-    return output
 
 
 def _saved(trainer: SpecKDTrainer, error: TeacherLostError) -> TeacherLostError:
@@ -159,7 +164,9 @@ def new_trainer(
             lambda: load_teacher(teacher_name, settings.training, student.dtype),
         )
     source = source_elsewhere(settings, tokenizers[0], student.get_output_embeddings().weight.shape[0])
-    with _nothing_left_behind(output):
+    with _nothing_left_behind(output), ExitStack() as refused:
+        if source is not None:
+            refused.callback(source.close)
         try:
             trainer = SpecKDTrainer(
                 model=student,
@@ -174,6 +181,7 @@ def new_trainer(
                 teacher_source=source,
             )
             require_ready(trainer, output)
+            refused.pop_all()
             return trainer
         except (ValueError, ImportError, OSError) as error:  # how TRL, PEFT and Transformers refuse a setting
             raise ConfigError(reason_of(error), "Correct the setting named there") from error
@@ -325,9 +333,11 @@ def _publish(settings: Settings, trainer: SpecKDTrainer, output: Path, start: di
     if (held_out := trainer.dropped_rows.get("eval")) is not None:
         name = settings.run.eval_dataset or f"{settings.run.dataset_name} (held-out split)"
         data |= {"held out": name, "held-out rows": held_out.total, "held-out rows dropped": len(held_out.rows)}
+    teacher, answers = source_named(trainer.source) or (_teacher_name(settings), None)
     facts = CardFacts(
         student=str(settings.model.model_name_or_path),
-        teacher=_teacher_name(settings),
+        teacher=teacher,
+        answers=answers,
         method=describe_method(settings),
         given=settings.given,
         everything=all_settings(settings),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 
 from speckd import provenance
-from speckd.checks import CANARY
+from speckd.checks import CANARY, resumes
+from speckd.collation import sequences_in
 from speckd.compatibility import PROBES, SharedVocabulary
-from speckd.errors import ConfigError, DataError
+from speckd.errors import ConfigError, DataError, VocabularyError
 from speckd.settings import Settings
 from speckd.teachers.answers import Answer
 from speckd.teachers.cached import CachedSource
@@ -25,6 +27,9 @@ from speckd.teachers.vllm import VLLM
 from speckd.trainer import SpecKDTrainer
 
 logger = logging.getLogger(__name__)
+
+#: Of the data's first sequences, where it is looked what a served teacher puts on ids that the student lacks.
+_FIRST_SEQUENCES, _FIRST_TOKENS = 4, 16
 
 
 def source_elsewhere(settings: Settings, tokenizer: Any, width: int, ready_s: float = Timeouts.ready_s) -> TeacherSource | None:
@@ -75,10 +80,30 @@ def _served(settings: Settings, tokens: int, width: int, ready_s: float) -> Serv
         vocabulary=vocabulary.size,
         top_k=None if whole else args.teacher_top_k,
         model=args.teacher_server_model,
-        timeouts=Timeouts(request_s=args.teacher_server_timeout_s, ready_s=ready_s, patience_s=args.teacher_server_patience_s),
+        timeouts=Timeouts(
+            read_s=args.teacher_server_timeout_s,  # a server computes in silence
+            request_s=args.teacher_server_timeout_s,
+            ready_s=ready_s,
+            patience_s=args.teacher_server_patience_s,
+        ),
         load=Load(concurrency=args.teacher_server_concurrency, tokens=args.teacher_server_tokens),
     )
     return ServedSource(pool, vocabulary, None if whole else args.teacher_top_k)
+
+
+def source_named(source: TeacherSource | None) -> tuple[str, str] | None:
+    """Of a teacher elsewhere: which model it is, as the cache or the servers say, and how its answers came."""
+    match source:
+        case CachedSource(store):
+            layout, said = store.layout, store.manifest.provenance
+            kept = f"{layout.kind} of {layout.draws or layout.width} tokens, {layout.precision} bits"
+            revision = f"revision {said['teacher_revision']}; " if said.get("teacher_revision") else ""
+            return str(said.get("teacher")), f"{revision}from a cache of its answers: {kept}"
+        case ServedSource(pool=pool) if pool.models:
+            k = source.capabilities.top_k
+            return ", ".join(pool.models), f"served; {'the whole vocabulary' if k is None else f'its top {k} tokens'}"
+        case _:
+            return None
 
 
 def require_ready(trainer: SpecKDTrainer, output: Path) -> None:
@@ -96,6 +121,8 @@ def require_ready(trainer: SpecKDTrainer, output: Path) -> None:
             _require_covered(trainer, trainer.source.store)
         case ServedSource():
             _probe(trainer, trainer.source.pool, output / CANARY)
+            if trainer.objective.needs_teacher:
+                _require_little_dropped(trainer, trainer.source.pool)
 
 
 def probe_texts(tokenizer: Any) -> list[tuple[str, list[int]]]:
@@ -106,7 +133,7 @@ def probe_texts(tokenizer: Any) -> list[tuple[str, list[int]]]:
 def _probe(trainer: SpecKDTrainer, pool: ServerPool, remembered: Path) -> None:
     texts = probe_texts(trainer.processing_class)
     before = None
-    if remembered.is_file() and trainer.args.resume_from_checkpoint:
+    if remembered.is_file() and resumes(trainer.args):
         values = json.loads(remembered.read_text())
         positions, log_probs, labels = (torch.tensor(values[name]) for name in ("positions", "log_probs", "label_log_probs"))
         ids = values["token_ids"]
@@ -119,6 +146,20 @@ def _probe(trainer: SpecKDTrainer, pool: ServerPool, remembered: Path) -> None:
             server.url,
             "" if server.tokenizer_checked else " (its tokenizer could not be compared)",
             server.noise,
+        )
+
+
+def _require_little_dropped(trainer: SpecKDTrainer, pool: ServerPool) -> None:
+    """As of a teacher in this process, in the data's first rows. Of a top-K, what the servers list is known, and no more."""
+    first = islice(sequences_in(trainer.train_dataset), _FIRST_SEQUENCES)
+    answers = pool.gather([pool.ask(one.token_ids, one.positions[:_FIRST_TOKENS]) for one in first])
+    dropped = float(torch.cat([answer.dropped for answer in answers if answer.dropped is not None]).mean())
+    if dropped > trainer.args.max_dropped_mass:
+        bound = "" if pool.capabilities.top_k is None else "at least "
+        raise VocabularyError(
+            f"teacher_server_urls: the teacher puts {bound}{dropped:.2%} of its probability on ids that the student does not "
+            "have: tokens, or padding of its head",
+            f"Serve a teacher with the same tokens, or accept it: max_dropped_mass above {dropped:.2g}",
         )
 
 

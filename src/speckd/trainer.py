@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
@@ -186,6 +187,7 @@ class SpecKDTrainer(SFTTrainer):
         self._training_vocabulary = self.vocabulary if self.objective.needs_teacher else SharedVocabulary(width)
         if self.source is not None:
             self._check_capabilities(self.source)
+        self._check_best_metric()
         # How the loss is computed, whatever it is: tokens at once, and whether rejections are proved early.
         early = EarlyRejection() if args.early_rejection and not args.teacher_mixture else None  # few logits prove no mixture
         self._how = args.chunk_size(self._training_vocabulary.size), early
@@ -265,6 +267,23 @@ class SpecKDTrainer(SFTTrainer):
                 "scrambled_teacher_fraction: only a teacher with its whole vocabulary can be scrambled",
                 "Remove it, or use the teacher's model",
             )
+
+    def _check_best_metric(self) -> None:
+        """Refuses to choose checkpoints by what evaluation will not give, which would end the run at the first one."""
+        best = self.args.metric_for_best_model
+        if best is None or self.args.eval_strategy == "no":
+            return
+        known = None if self.source is None else self.source.capabilities
+        measured = ["loss", *HeldOutSums(tokens=1, sequences=1).result(known)]
+        parts = [f"{name}_" for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else [""]
+        given = [f"{part}{name}" for part in parts for name in measured]
+        if best.removeprefix("eval_") in given:
+            return
+        bound = f"{best.removeprefix('eval_')}_at_least"
+        raise ConfigError(
+            f"metric_for_best_model: {best} is not among what is measured with this teacher",
+            f"Set metric_for_best_model: {bound}" if bound in given else f"Take one of {', '.join(given)}",
+        )
 
     def _prompt_sharing(self, source: ModelSource) -> PromptSharing | None:
         """How the teacher computes a start that several rows share once; None where that cannot be, said if it was wanted."""
@@ -376,6 +395,11 @@ class SpecKDTrainer(SFTTrainer):
         for dataset in (self.train_dataset, *held_out.values()):
             yield from () if dataset is None else sequences_in(dataset)
 
+    def close(self) -> None:
+        """Lets go of the teacher, with the connections and threads of its servers: nothing can be asked of it afterwards."""
+        if self.source is not None:
+            self.source.close()
+
     # ---- loss ----------------------------------------------------------------------------------------------------------
 
     def _rows(self, inputs: dict[str, Any], vocabulary: SharedVocabulary | None = None) -> SupervisedRows:
@@ -398,6 +422,7 @@ class SpecKDTrainer(SFTTrainer):
             self.accelerator.process_index,
             self.accelerator.num_processes,
             self._expect,
+            self.source.forget_expected,
         )
         remember_order(loader, ahead.begin)
         announce_batches(loader, ahead.collated)
@@ -433,10 +458,13 @@ class SpecKDTrainer(SFTTrainer):
         return None
 
     def _stop_where_lost(self, lost: SpeckdError | None, losers: int) -> None:
+        """Everywhere with the cause, for the first process that ends takes the others, and what they had to say, with it."""
+        told_by_all = gather_object([None if lost is None else (lost.what, lost.fix)]) if losers else []
         if lost is not None:
             raise lost
         if losers:
-            raise TeacherLostError("another process has lost its teacher", "See what that one says")
+            what, fix = next(told for told in told_by_all if told is not None)
+            raise TeacherLostError(f"another process has lost its teacher: {what}", fix)
 
     def _mask_repeated_rows(self, batches: list[dict[str, Any]]) -> None:
         """An epoch's last batches are filled up with rows seen before, so that processes have as many: learn none twice."""

@@ -75,12 +75,18 @@ def announce_batches(loader: Any, said: Callable[[list[Any]], None]) -> None:
 
 
 def save_checkpoint(trainer: Any) -> str | None:
-    """A checkpoint of the last whole step, outside of the Trainer's own times; its folder, or None before the first step."""
+    """A checkpoint of the last whole step, outside of the Trainer's own times; its folder, or None before the first step.
+
+    Called by all processes, and none goes on before all have written: a launcher kills the others when one ends.
+    """
     if not trainer.state.global_step:
         return None
     folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-    if not folder.is_dir():
+    there = folder.is_dir()
+    trainer.accelerator.wait_for_everyone()  # nobody makes it before everybody has looked
+    if not there:
         trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.accelerator.wait_for_everyone()
     return str(folder)
 
 

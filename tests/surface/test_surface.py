@@ -117,7 +117,7 @@ def test_example_files_are_valid_settings(path: Path) -> None:
 
 def test_not_resuming_can_be_said(tmp_path) -> None:
     flags = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "false"]
-    assert not resumes(load_settings(None, None, flags))
+    assert not resumes(load_settings(None, None, flags).training)
 
 
 def test_the_starvation_watch_waits_says_it_once_and_forgets() -> None:

@@ -1,9 +1,11 @@
 """What is found out before the first batch, what may be asked, and what a run sees of the servers besides answers."""
 
 import asyncio
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +146,14 @@ def test_what_cannot_serve_is_refused_with_the_fix(enter, name: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_mute_server_is_not_waited_for_longer_than_said(enter) -> None:
+    """It takes the connection, and one request may take an hour."""
+    server = enter(FaultyServer(fault=f.silence, share=1))
+    pool = enter(pool_of(server.url, timeouts=replace(QUICK, read_s=3600, request_s=3600)))
+    with pytest.raises(TeacherLostError, match=f"{server.url} is not ready after 0.5 s: it gave no answer. See its own log"):
+        pool.probe(longest=24)
+
+
 def test_servers_of_two_models_are_refused(enter) -> None:
     pool = enter(pool_of(enter(FaultyServer()).url, (other := enter(FaultyServer(Toy(seed=1)))).url))
     with pytest.raises(CapabilityError, match=f"{other.url} .* the model is another one"):
@@ -196,7 +206,13 @@ def test_https_to_a_server_without_is_no_answer(enter) -> None:
         ("ftp://host", "is no teacher server's address"),
         ("host:8000", "is no teacher server's address"),
         ("http://", "is no teacher server's address"),
-        ("http://host?x=1", "is no teacher server's address"),
+        ("http://host?x=1", "'http://host' with a query or fragment is no teacher server's address"),
+        ("http://host/path?api_key=pass@", "is no teacher server's address"),
+        ("http://host/?api_key=s3cret", "'http://host/' with a query or fragment is no"),
+        ("http://host/#s3cret", "'http://host/' with a query or fragment is no"),
+        ("me:pass@host:8000", "what holds an '@' is no teacher server's address"),
+        ("http://host?token=s3cret&me:pass@x", "what holds an '@' is no"),
+        ("ftp://me:pass@host", "the address of the teacher server host holds a password"),
         ("http://me:pass@host", "the address of the teacher server host holds a password"),
         ("http://[::1", "cannot be read"),
     ],
@@ -204,7 +220,7 @@ def test_https_to_a_server_without_is_no_answer(enter) -> None:
 def test_addresses_that_are_refused(url: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match) as error:
         server_url(url)
-    assert "pass@" not in str(error.value)
+    assert not {"pass", "s3cret"} & set(re.split(r"\W", str(error.value)))
 
 
 def test_addresses() -> None:

@@ -313,3 +313,13 @@ def test_room_for_a_cache_counts_what_is_there_already(tmp_path: Path, monkeypat
     assert not CacheRoom.of(wanted, layout, tmp_path).fits
     (tmp_path / "shard-00000.answers").write_bytes(b"x")
     assert CacheRoom.of(wanted, layout, tmp_path).fits
+
+
+def test_the_card_names_the_teacher_that_was_captured_and_how(world: World, tmp_path: Path) -> None:
+    """Also where the file names none, or another."""
+    used = cache_of(world, tmp_path / "cache", "--teacher_top_k", "8")
+    flags = [*common_flags(world.student, None, world.data, tmp_path / "out"), *used, "--max_steps", "1"]
+    assert run_cli([*flags, "--eval_dataset", str(world.data), "--teacher_top_k", "8"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"taught by `{world.teacher}` (revision main; from a cache of its answers: top_k of 8 tokens, 16 bits): gate" in card
+    assert "KL(teacher ‖ student) on the teacher's top-K" in card and "the same" not in card

@@ -18,7 +18,9 @@ class Answer:
     `positions`: [n] int64, ascending: the entry at t is about the token at t + 1. `token_ids`: [n, K] int64, and None where
     `log_probs`, [n, V] then, is of the whole vocabulary; else it is [n, K], in float32, the most probable first.
     `label_log_probs`: [n], of the tokens that do follow, exact also outside the top-K. `ranked`: False where the K tokens were
-    drawn at random, and log_probs are the logarithms of how often each was.
+    drawn at random, and log_probs are the logarithms of how often each was. `dropped`: [n], of an answer from a server, the
+    probability that is seen to lie outside of the shared vocabulary: all of it where the whole vocabulary was asked for, whose
+    log_probs are then known up to a shift, like logits; else what is listed among the most probable.
     """
 
     positions: Tensor
@@ -26,6 +28,7 @@ class Answer:
     log_probs: Tensor
     label_log_probs: Tensor
     ranked: bool = True
+    dropped: Tensor | None = None
 
     def at(self, positions: Tensor) -> "Answer":
         """Only those positions, [m], all of which must be there."""
@@ -33,7 +36,8 @@ class Answer:
         if not len(self.positions) or not torch.equal(self.positions[places], positions):
             raise KeyError("a position without an answer")
         ids = None if self.token_ids is None else self.token_ids[places]
-        return Answer(positions, ids, self.log_probs[places], self.label_log_probs[places], self.ranked)
+        dropped = None if self.dropped is None else self.dropped[places]
+        return Answer(positions, ids, self.log_probs[places], self.label_log_probs[places], self.ranked, dropped)
 
 
 def rows_of(asked: Many[Sequence], answers: Many[Answer], index: Tensor, positions: int) -> TeacherRows:

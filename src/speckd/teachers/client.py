@@ -185,6 +185,11 @@ class ServerPool:
         return Capabilities(self._talk.top_k)
 
     @property
+    def models(self) -> list[str]:
+        """Names of what the servers hold, as they said when they were probed."""
+        return sorted({server.facts.model for server in self._servers if server.facts is not None})
+
+    @property
     def canary(self) -> Answer:
         """What the servers said of the canary at the start. To be kept with a checkpoint, and handed to `probe` at a resume."""
         if self._talk.canary is None:
@@ -249,7 +254,7 @@ class ServerPool:
         self._closed = True
         if self._loop is None or self._thread is None:
             return
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, TimeoutError):  # ended already, or a connection that will not
             asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(timeout=10)
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)

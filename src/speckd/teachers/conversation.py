@@ -174,21 +174,27 @@ class Conversation:
         self, connections: Connections, deadline: float, longest: int, texts: Many[tuple[str, list[int]]]
     ) -> ServerFacts:
         """What `ServerPool.probe` says, for one server; `deadline`: of the monotonic clock."""
-        server, pause_s = f"teacher server {connections.url}", connections.timeouts.backoff_s
-        broken = ""
+        server, wait = f"teacher server {connections.url}", connections.timeouts
+        pause_s, broken = wait.backoff_s, ""
+        least = min(wait.connect_s, wait.ready_s)  # seconds for one that is up, where another has used them all
         while True:
             try:
-                return await self._examined(connections, longest, texts)
+                async with asyncio.timeout(max(deadline - time.monotonic(), least)):  # however long one request may take
+                    return await self._examined(connections, longest, texts)
             except Refused as error:
                 raise ConfigError(f"{server}: {error}", error.fix) from None
             except BadAnswer as error:
                 what = f"{server} does not answer as a teacher must: {error}"
                 raise CapabilityError(what, "Check the address and the dialect, or use a newer version of the server") from None
+            except TimeoutError:
+                what = f"{server} is not ready after {wait.ready_s:g} s: it gave no answer"
+                raise TeacherLostError(what, "See its own log, or take it out of the list") from None
             except (Unreachable, Broken) as error:
                 if isinstance(error, Broken) and not broken:
-                    broken = f", and before that: {error}"  # why it may be down now
+                    broken = str(error)  # why it may be down now
                 if time.monotonic() + pause_s > deadline:
-                    what = f"{server} is not ready after {connections.timeouts.ready_s:g} s: {error}{broken}"
+                    before = f", and before that: {broken}" if broken not in ("", str(error)) else ""
+                    what = f"{server} is not ready after {wait.ready_s:g} s: {error}{before}"
                     raise TeacherLostError(what, "Start it, or take it out of the list") from None
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -149,15 +149,16 @@ def checked(heard: Heard, positions: Tensor, wanted: int | None, vocabulary: int
     kept = vocabulary if wanted is None else wanted
     if len(ids) and int(inside.sum(-1).min()) < kept:
         raise TooFewInside
-    dropped = int((~inside).sum())
+    dropped = log_probs.exp().masked_fill(inside, 0).sum(-1)
     labels = labels.clamp(max=0).float()
     log_probs = log_probs.clamp(max=0).float()
     if wanted is None:
         where = ids.masked_fill(~inside, vocabulary)  # one column more than the vocabulary, for what is outside
         dense = torch.full((len(ids), vocabulary + 1), -torch.inf).scatter_(1, where, log_probs)
-        return Answer(positions, None, dense[:, :vocabulary].contiguous(), labels), dropped
+        return Answer(positions, None, dense[:, :vocabulary].contiguous(), labels, dropped=dropped), int((~inside).sum())
     first = (~inside).long().argsort(stable=True, dim=-1)[:, :kept]  # ranks are kept among those inside
-    return Answer(positions, ids.gather(1, first), log_probs.gather(1, first), labels), dropped
+    answer = Answer(positions, ids.gather(1, first), log_probs.gather(1, first), labels, dropped=dropped)
+    return answer, int((~inside).sum())
 
 
 def _check_distribution(ids: Tensor, log_probs: Tensor, labels: Tensor) -> None:

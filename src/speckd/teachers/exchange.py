@@ -5,6 +5,7 @@ import email.utils
 import ipaddress
 import json
 import os
+import re
 import ssl
 import time
 from contextlib import suppress
@@ -78,8 +79,16 @@ def server_url(text: str) -> str:
     if url.userinfo:
         raise ConfigError(f"the address of the teacher server {url.host} holds a password", f"Put a key in {KEY_VARIABLE}")
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
-        raise ConfigError(f"'{text}' is no teacher server's address", "Write it as http://host:8000")
+        raise ConfigError(f"{_shown(text)} is no teacher server's address", "Write it as http://host:8000")
     return str(url).rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _shown(address: str) -> str:
+    """What of a refused address can hold no secret: nothing where it may name a user, else all before a query or fragment."""
+    if "@" in address:
+        return "what holds an '@'"
+    bare = re.split(r"[?#]", address, maxsplit=1)[0]
+    return f"'{bare}'" if bare == address else f"'{bare}' with a query or fragment"
 
 
 def tls_of(urls: list[str]) -> ssl.SSLContext:
