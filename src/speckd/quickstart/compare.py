@@ -205,7 +205,7 @@ def _work(job: Job, work: Path) -> dict[str, Any]:
     curve = _train(student, job, encoded, logits, tokenizer.pad_token_id)
     student.save_pretrained(work / "students" / job.name)
     tokenizer.save_pretrained(work / "students" / job.name)
-    measures = _measure(student, teacher, tokenizer, json.loads((work / STORED[1]).read_text())) if job.method else {}
+    measures = measure(student, teacher, tokenizer, json.loads((work / STORED[1]).read_text())) if job.method else {}
     return {"job": asdict(job), "measures": measures, "curve": curve}
 
 
@@ -263,7 +263,7 @@ def _rate(tally: AcceptanceTally) -> dict[str, float]:
     return {"tar": found["tar"]} if "tar" in found else {}
 
 
-def _measure(student: Any, teacher: Any, tokenizer: Any, teacher_texts: list[list[int]]) -> dict[str, float]:
+def measure(student: Any, teacher: Any, tokenizer: Any, teacher_texts: list[list[int]]) -> dict[str, float]:
     """Held-out measures against the clean teacher, by one rule for all methods."""
     student.eval()
     examples = distinct("test", TEST_EXAMPLES, LEVEL)
