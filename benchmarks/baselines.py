@@ -32,7 +32,7 @@ from speckd.quickstart.report import half_interval
 from speckd.tasks import distinct
 from speckd.tasks.__main__ import write as write_tasks
 
-LEVEL, ROWS, BATCH_SIZE, START_STEPS = 2, 4000, 24, 800
+LEVEL, ROWS, BATCH_SIZE, START_STEPS = 2, 2400, 24, 800
 PLAIN, GATE = "plain", "speckd"
 DATA, TEACHER_TEXT = "data.jsonl", "teacher-text.jsonl"
 
@@ -230,8 +230,8 @@ def table(found: list[dict[str, Any]], recipes: Sequence[str]) -> str:
             gaps.append(f"| {recipe} | " + " | ".join(differences) + " |")
     return "\n".join(
         [
-            "Held-out tasks; mean ± standard deviation over the seeds. KL (nats a token), agreement, α = Σ min(p, q), NLL: on the "
-            "tasks' own answers; τ: tokens per teacher call, the student drafting 5; accuracy: mean of three families.\n",
+            "Held-out tasks; mean ± standard deviation over the seeds. KL (nats a token), agreement, α = Σ min(p, q), NLL: on "
+            "the tasks' own answers; τ: tokens per teacher call, the student drafting 5; accuracy: mean of three families.\n",
             *plain,
             "\n+SpecKD − plain, paired by seed, 95 % t-interval; 'better' and 'worse' where it excludes 0:\n",
             *gaps,
