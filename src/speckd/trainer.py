@@ -187,7 +187,7 @@ class SpecKDTrainer(SFTTrainer):
         self._training_vocabulary = self.vocabulary if self.objective.needs_teacher else SharedVocabulary(width)
         if self.source is not None:
             self._check_capabilities(self.source)
-        self._check_best_metric()
+        self.require_measured(args)
         # How the loss is computed, whatever it is: tokens at once, and whether rejections are proved early.
         early = EarlyRejection() if args.early_rejection and not args.teacher_mixture else None  # few logits prove no mixture
         self._how = args.chunk_size(self._training_vocabulary.size), early
@@ -268,10 +268,10 @@ class SpecKDTrainer(SFTTrainer):
                 "Remove it, or use the teacher's model",
             )
 
-    def _check_best_metric(self) -> None:
+    def require_measured(self, args: SpecKDConfig) -> None:
         """Refuses to choose checkpoints by what evaluation will not give, which would end the run at the first one."""
-        best = self.args.metric_for_best_model
-        if best is None or self.args.eval_strategy == "no":
+        best = args.metric_for_best_model
+        if best is None or args.eval_strategy == "no":
             return
         known = None if self.source is None else self.source.capabilities
         measured = ["loss", *HeldOutSums(tokens=1, sequences=1).result(known)]

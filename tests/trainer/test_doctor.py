@@ -367,6 +367,13 @@ def test_7_damaged_cache(sound: Sound, cache: Path, place: Path, capsys) -> None
     assert found.code == 2 and shard.name in found.failures[0]["what"]
 
 
+def test_checkpoints_chosen_by_what_is_not_measured(sound: Sound, place: Path, capsys) -> None:
+    best = "--eval_strategy steps --eval_steps 5 --save_steps 5 --load_best_model_at_end true --metric_for_best_model".split()
+    found = told(capsys, sound.flags(place / "out", *best, "kll"))
+    found.only_failure("metric_for_best_model: kll is not among what is measured", "Take one of loss")
+    assert told(capsys, sound.flags(place / "out", *best, "kl")).code == 0
+
+
 def test_8_disk_too_small(sound: Sound, place: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     little = shutil._ntuple_diskusage(10**9, 10**9, 5000)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: little)

@@ -60,6 +60,12 @@ def models(trainer: SpecKDTrainer) -> Examination[None]:
         )
 
 
+def best_checkpoint(trainer: SpecKDTrainer, settings: Settings) -> Examination[None]:
+    """By what checkpoints will be chosen, which the doctor's own trainer does not do."""
+    trainer.require_measured(settings.training)
+    yield from ()
+
+
 def _dropped_of_teacher(trainer: SpecKDTrainer, source: ModelSource) -> Iterator[Finding]:
     outside = source.vocabulary.outside(source.model.get_output_embeddings().weight.shape[0])
     if not len(outside):

@@ -161,6 +161,7 @@ def _with_models(attempts: Attempts, seen: _Seen, given: before.Data, trainer: S
     settings = seen.settings
     try:
         yield from attempts.of(About.LOADED, after.models(trainer))
+        yield from attempts.of(About.LOADED, after.best_checkpoint(trainer, settings))
         yield from attempts.of(About.DATA, before.rows(given))
         if seen.masked:
             yield from attempts.of(About.DATA, data_tokens.tokens(trainer, settings))

@@ -149,11 +149,18 @@ def _workers(context: Any, done_steps: Any) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
+        workers = multiprocessing.active_children()
+        for process in workers:
             process.terminate()
+        for process in workers:
+            process.join(_PATIENCE_S)
+            if process.is_alive():  # seen once, on a busy machine
+                process.kill()
         raise
     pool.shutdown()
 
+
+_PATIENCE_S = 10
 
 #: In a worker: how many steps all workers have done, for the progress bar.
 _done_steps: Any = None
