@@ -70,6 +70,10 @@ class SpecKDConfig(MethodConfig, SFTConfig):
     teacher_mixture: Options | None = field(
         default=None, metadata={"help": "mix the teachers' probabilities: a mapping of their names to weights, or JSON"}
     )
+    reference_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "path or hub id of the model that the gates excess_divergence and excess_label_loss need"},
+    )
     teacher_sharding: str = field(
         default="none", metadata={"help": "cut the teacher's layers over all processes: none, fsdp2, or zero3 (DeepSpeed)"}
     )

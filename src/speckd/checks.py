@@ -112,6 +112,7 @@ def several_teachers(settings: Settings) -> dict[str, str]:
 def check_models_exist(settings: Settings) -> None:
     require_student(settings)
     require_teacher(settings)
+    require_reference(settings)
 
 
 def require_student(settings: Settings) -> None:
@@ -142,6 +143,23 @@ def require_teacher(settings: Settings) -> None:
     same_revision = settings.model.model_revision == (settings.training.teacher_model_revision or "main")
     if same_place and same_revision and settings.training.objective().needs_teacher:
         raise ConfigError(f"teacher_model_name_or_path: {teacher} is the student itself", "Give another model as teacher")
+
+
+def require_reference(settings: Settings) -> None:
+    """Refuses a reference model that is not named though the gate needs it, not there, or asked by nobody."""
+    name, wanted = settings.training.reference_model_name_or_path, settings.training.objective().needs_reference
+    if wanted and name is None:
+        raise ConfigError(
+            f"reference_model_name_or_path is not set: {settings.training.gate} compares the student with a third model",
+            "Give a path or hub id, such as of an earlier student",
+        )
+    if name is not None and not wanted:
+        raise ConfigError(
+            "reference_model_name_or_path is set, but the gate compares with no third model",
+            "Remove it, or --gate excess_divergence",
+        )
+    if name is not None:
+        _require_model("reference_model_name_or_path", name, settings.training.trust_remote_code)
 
 
 def _require_packages(settings: Settings) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from speckd import divergences, gates, policies
+from speckd import divergences, entropy_gates, gates, policies, ranked_gates
 from speckd.errors import ConfigError
 from speckd.objective import Normalizer, Objective
 
@@ -22,6 +22,17 @@ GATES: Mapping[str, Callable[..., Any]] = {
     "random": gates.Random,
     "inverted": gates.Inverted,
     "matched_random": gates.MatchedRandom,
+    "student_entropy": ranked_gates.StudentEntropy,
+    "teacher_entropy": ranked_gates.TeacherEntropy,
+    "total_variation": ranked_gates.TotalVariation,
+    "hellinger": ranked_gates.HellingerDistance,
+    "label_uncertainty": ranked_gates.LabelUncertainty,
+    "tip": ranked_gates.EntropyOrDivergence,
+    "teachability": ranked_gates.Teachability,
+    "excess_divergence": ranked_gates.ExcessDivergence,
+    "excess_label_loss": ranked_gates.ExcessLabelLoss,
+    "entropy_weight": entropy_gates.EntropyWeight,
+    "entropy_gap": entropy_gates.EntropyGap,
 }
 REJECTED: Mapping[str, Callable[..., Any]] = {
     "mask": policies.Mask,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from speckd import kernels
+from speckd.batch_verdicts import Gather, alone, verdicts
 from speckd.divergences import HasEntries
 from speckd.early_rejection import EarlyRejection
-from speckd.errors import NonFiniteError
+from speckd.errors import ConfigError, NonFiniteError
 from speckd.head import LMHead, add_product
 from speckd.large import room
 from speckd.objective import (
@@ -94,6 +95,8 @@ def distillation_loss(
     rows: SupervisedRows,
     chunk_size: int | None = None,
     early_rejection: EarlyRejection | None = DEFAULT_EARLY_REJECTION,
+    reference: TeacherRows | None = None,
+    gather: Gather = alone,
 ) -> LossOutput:
     """The objective's (sum, count) over the supervised rows of a batch.
 
@@ -105,15 +108,30 @@ def distillation_loss(
         rows: which of the B·L positions are supervised, by `tokens.supervised_rows`.
         chunk_size: rows at once; by default, as of `default_chunk_size`. The result does not depend on it.
         early_rejection: how rejections are proved without the teacher's projection; None: not at all. Changes no verdict.
+        reference: a third model's answers, as the teacher's; needed where the gate `needs_reference`, and else not asked.
+        gather: has a `BatchGate` judge the rows of all processes together, all of which must then call this equally often, also
+            with no rows.
 
     Raises:
+        ConfigError: the gate needs a reference model, and there is none.
         NonFiniteError: NaN or infinite logits or losses; nothing has been accumulated then.
     """
+    if objective.needs_reference and reference is None:
+        raise ConfigError("the gate compares the student with a reference model, and there is none", "Pass reference")
     chunk_size = chunk_size or default_chunk_size(student_head.weight.shape[0], student_hidden.device.type)
     gradients = _Gradients.wanted(student_hidden, student_head)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         batch = _Batch(
-            objective, student_hidden.detach(), student_head.detached(), teacher, rows, chunk_size, early_rejection, gradients
+            objective,
+            student_hidden.detach(),
+            student_head.detached(),
+            teacher,
+            rows,
+            chunk_size,
+            early_rejection,
+            gradients,
+            reference if objective.needs_reference else None,
+            gather,
         )
         terms = batch.run().terms(objective)
         batch.largest.require_finite(terms.loss, rows.keys)
@@ -200,6 +218,8 @@ class _Batch:
     chunk_size: int
     early_rejection: EarlyRejection | None
     gradients: _Gradients
+    reference: TeacherRows | None
+    gather: Gather
 
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(torch.promote_types(self.hidden.dtype, self.head.weight.dtype), torch.float32)
@@ -224,13 +244,13 @@ class _Batch:
 
     def run(self) -> RowResults:
         """What was found, row by row; whether it is finite, `largest` says."""
-        verdicts = self._first_pass()
+        judged = self._first_pass()
         orders, parts, start = [], [], 0
         while start < len(self.rows):
             held = sum(map(len, self.waiting))
             left, free = len(self.rows) - start, min(self.most, self.chunk_size - held)
             count = -(-left // -(-left // free))  # as few chunks as there is room for, of equal size: small products are slow
-            order, found = self._judge_and_weigh(slice(start, start + count), verdicts, held)
+            order, found = self._judge_and_weigh(slice(start, start + count), judged, held)
             start += count
             orders.append(order)
             parts.append(found)
@@ -273,16 +293,34 @@ class _Batch:
     def _first_pass(self) -> Tensor | None:
         """A `BatchGate` sees every row before the first is weighed; None where rows are judged one by one."""
         gate = self.objective.gate
-        if not self.objective.needs_teacher or not isinstance(gate, BatchGate) or not len(self.rows):
+        if not self.objective.needs_teacher or not isinstance(gate, BatchGate):
             return None
         scores = []
-        for start in range(0, len(self.rows), self.most):
-            some = slice(start, min(len(self.rows), start + self.most))
+        # No gradient waits yet: where a reference is needed, its logits take the other half of the student's space.
+        step = self.most if self.reference is None else max(1, min(self.most, len(self.student_space) // 2))
+        for start in range(0, len(self.rows), step):
+            some = slice(start, min(len(self.rows), start + step))
             part = self.rows.rows(some)
             student, teacher = self._student(some, 0), self._teacher(some, part.index)
-            scores.append(gate.score(Rows.of(student, teacher, part.labels, part.keys)))
+            reference = self._reference(part, self.student_space[len(part) :])
+            scores.append(gate.score(Rows.of(student, teacher, part.labels, part.keys, reference)))
         self.largest.require_finite_logits(self.rows.keys)  # NaN has no rank
-        return gate.select(torch.cat(scores), self.rows.keys)
+        own = torch.cat(scores).to(self.dtype) if scores else None
+        return verdicts(gate, own, self.rows.keys, self.gather).to(self.dtype)
+
+    def _reference(self, rows: SupervisedRows, space: Tensor | None = None) -> TeacherSignal | None:
+        """Where one is asked for; its logits in a given space, if they find room there."""
+        if self.reference is None:
+            return None
+        if space is not None and len(space) >= len(rows) and isinstance(self.reference, DenseTeacherRows):
+            self.reference.write_logits(rows.index, space[: len(rows)])
+            signal: TeacherSignal = DenseSignal(space[: len(rows)])
+        else:
+            signal = self.reference.signal(rows.index)
+        if isinstance(signal, DenseSignal):
+            require_usable_logits(torch.isfinite(signal.maximum[:, 0]), "reference model", rows.keys)
+            return signal
+        return signal.to(self.dtype)
 
     # ---- verdicts, weights, gradients of logits ----------------------------------------------------------------------------
 
@@ -318,7 +356,7 @@ class _Batch:
         gate = self.objective.gate
         assert not isinstance(gate, BatchGate)
         with span(GATE):
-            return gate(Rows.of(student, teacher, rows.labels, rows.keys)).to(self.dtype)
+            return gate(Rows.of(student, teacher, rows.labels, rows.keys, self._reference(rows))).to(self.dtype)
 
     def _possible_first(self, student: DenseSignal, rows: SupervisedRows) -> tuple[Tensor | None, int]:
         """Certified rejections moved behind the other rows, logits included: the new order, and how many may be accepted.
@@ -328,7 +366,7 @@ class _Batch:
         gate, teacher, certify = self.objective.gate, self.teacher, self.early_rejection
         if certify is None or not isinstance(gate, MonotoneGate) or not gate.monotone or not self._spares_rejected:
             return None, len(rows)
-        if not isinstance(teacher, DenseTeacherRows):
+        if not isinstance(teacher, DenseTeacherRows) or self.reference is not None:
             return None, len(rows)
         least = certify.worth_it(teacher.vocabulary_size, self.hidden.device.type)
         if least >= 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from speckd.errors import ConfigError
 from speckd.randomness import uniforms
-from speckd.types import BatchGate, Gate, Rows, TokenKeys
+from speckd.types import BatchGate, Gate, Rows, TokenKeys, needs_reference
 
 # ---- propose -------------------------------------------------------------------------------------------------------------
 
@@ -208,21 +208,30 @@ class Inverted:
         if isinstance(self.gate, BatchGate):
             raise ConfigError(f"inverted: {type(self.gate).__name__} judges whole batches", "Invert the gate inside it")
 
+    @property
+    def needs_reference(self) -> bool:
+        return needs_reference(self.gate)
+
     def __call__(self, rows: Rows) -> Tensor:
         return 1 - self.gate(rows)
 
 
 @dataclass(frozen=True)
 class MatchedRandom:
-    """Accepts at random, at the rate at which another gate accepts in the same (micro-)batch: a `BatchGate`."""
+    """Accepts at random, at the rate at which another gate of either kind accepts in the same batch: a `BatchGate`."""
 
-    gate: Gate
+    gate: Gate | BatchGate
+
+    @property
+    def needs_reference(self) -> bool:
+        return needs_reference(self.gate)
 
     def score(self, rows: Rows) -> Tensor:
-        return self.gate(rows)
+        return self.gate.score(rows) if isinstance(self.gate, BatchGate) else self.gate(rows)
 
     def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
-        return (_one_uniform(keys) < scores.mean()).to(scores.dtype)
+        accepted = self.gate.select(scores, keys) if isinstance(self.gate, BatchGate) else scores
+        return (_one_uniform(keys) < accepted.double().mean()).to(scores.dtype)
 
 
 def _one_uniform(keys: TokenKeys) -> Tensor:

@@ -11,7 +11,7 @@ from speckd.errors import ConfigError, NonFiniteError
 from speckd.gates import AnyGate, LabelRatio
 from speckd.policies import FallbackRows, Label, RejectedPolicy
 from speckd.support import log_softmax, shared_support
-from speckd.types import Divergence, Rows, TokenKeys
+from speckd.types import Divergence, Rows, TokenKeys, needs_reference
 
 Normalizer = Literal["valid", "weight"]
 
@@ -49,6 +49,11 @@ class Objective:
     @property
     def needs_teacher(self) -> bool:
         return self.label_loss_weight < 1
+
+    @property
+    def needs_reference(self) -> bool:
+        """Does the gate compare with a third model?"""
+        return self.needs_teacher and needs_reference(self.gate)
 
 
 @dataclass(frozen=True)

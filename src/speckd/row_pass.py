@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from speckd import tiles
+from speckd.comparisons import as_dense
 from speckd.divergences import Entrywise, HasEntries
 from speckd.head import LMHead
 from speckd.objective import Objective, TokenTerms, token_terms
@@ -159,6 +160,7 @@ class RowPass:
     ) -> Tensor:
         """The divergence of some rows, [r]; their gradients into `out[to]`."""
         temperature, where = self.objective.divergence_temperature, _span(index)
+        assert rows.teacher is not None
         teacher = as_dense(rows.teacher)
         student_logits, teacher_logits = rows.student.logits[where], teacher.logits[where]
         cap = self.head.slope_of_cap(student_logits)
@@ -275,14 +277,6 @@ def _span(index: Tensor) -> slice | Tensor:
     """Row numbers, ascending; as a slice where nothing is left out, which spares a copy."""
     first, last = int(index[0]), int(index[-1])
     return slice(first, last + 1) if last - first + 1 == len(index) else index
-
-
-def as_dense(signal: TeacherSignal | None) -> DenseSignal:
-    """A top-K that is the whole vocabulary, as one; a dense signal as it is."""
-    assert signal is not None
-    if isinstance(signal, DenseSignal):
-        return signal
-    return DenseSignal(torch.empty_like(signal.log_probs).scatter_(-1, signal.token_ids, signal.log_probs))
 
 
 def _normalised(logits: Tensor, maximum: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

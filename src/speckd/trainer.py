@@ -49,10 +49,12 @@ from speckd.errors import (
     VocabularyError,
 )
 from speckd.evaluate import HeldOutSums, measure
+from speckd.gathering import gather_by
 from speckd.head import LMHead, check_head
 from speckd.lookahead import Lookahead
 from speckd.metrics import AcceptanceTally, StarvationWatch
 from speckd.objective import Objective
+from speckd.reference_model import reference_source
 from speckd.spans import DATA, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, span
 from speckd.teachers import ScrambledTeacher
 from speckd.teachers.base import BaseSource
@@ -110,6 +112,8 @@ class SpecKDTrainer(SFTTrainer):
         peft_config, callbacks, optimizers, quantization_config: as of `SFTTrainer`.
         objective: by default, what `args` describes.
         teacher_source: a teacher that is no model in this process (`speckd.teachers`), in the place of `teacher_model`.
+        reference_model: what some gates compare the student with, a model or a path or hub id; by default,
+            `args.reference_model_name_or_path`.
 
     Raises:
         SpeckdError: models, data or settings that do not fit together, before the first step.
@@ -135,6 +139,7 @@ class SpecKDTrainer(SFTTrainer):
         quantization_config: Any = None,
         objective: Objective | None = None,
         teacher_source: TeacherSource | None = None,
+        reference_model: str | PreTrainedModel | None = None,
     ) -> None:
         if args is None:
             raise ConfigError("SpecKDTrainer was given no args", "Pass args=SpecKDConfig(output_dir=...)")
@@ -144,6 +149,8 @@ class SpecKDTrainer(SFTTrainer):
             raise ConfigError("no teacher is given", "Set teacher_model_name_or_path, or label_loss_weight: 1 for SFT")
         if teacher_model is not None and teacher_source is not None:
             raise ConfigError("both teacher_model and teacher_source are given", "Pass one of them")
+        reference_model = reference_model or args.reference_model_name_or_path
+        _require_reference(self.objective, reference_model)
         self._teacher_names = list(teacher_model) if isinstance(teacher_model, Mapping) else []
         _require_shares(args, self._teacher_names)
         self.dropped_rows: dict[str, DroppedRows] = {}
@@ -188,6 +195,8 @@ class SpecKDTrainer(SFTTrainer):
         if self.source is not None:
             self._check_capabilities(self.source)
         self.require_measured(args)
+        self.reference = self._reference_of(reference_model)
+        self._gather = gather_by(self.accelerator)  # a gate that ranks a batch ranks that of all processes
         # How the loss is computed, whatever it is: tokens at once, and whether rejections are proved early.
         early = EarlyRejection() if args.early_rejection and not args.teacher_mixture else None  # few logits prove no mixture
         self._how = args.chunk_size(self._training_vocabulary.size), early
@@ -251,6 +260,12 @@ class SpecKDTrainer(SFTTrainer):
             )
         return source
 
+    def _reference_of(self, reference: Any) -> ModelSource | None:
+        """What the gate compares the student with, if it asks for that."""
+        if not self.objective.needs_reference:
+            return None
+        return reference_source(reference, self.args, self.processing_class, self._training_vocabulary, self.student)
+
     def _vocabulary_with(self, teacher: Any, tokenizer: Any, width: int) -> SharedVocabulary:
         """What the teacher's model and its tokenizer (by default, the one saved with it) share with the student."""
         if tokenizer is None:
@@ -305,6 +320,8 @@ class SpecKDTrainer(SFTTrainer):
 
     def _check_models(self) -> None:
         several = [(model, f"teacher {name}") for name, model in self.teachers.items()]
+        if self.reference is not None:
+            several.append((self.reference.model, "reference model"))
         for model, name in ((self.student, "student"), (self.teacher, "teacher"), *several):
             if model is not None:
                 self._check_positions(model, name)
@@ -500,6 +517,7 @@ class SpecKDTrainer(SFTTrainer):
     def _objective_output(self, model: Any, inputs: dict[str, Any], rows: SupervisedRows) -> LossOutput:
         """The loss of a batch, computed inside the wrapped student's forward."""
         pending = self._ask(inputs, rows) if self.objective.needs_teacher else None
+        asked = self._ask_reference(inputs, rows)
         student, seen = self.student, {}
 
         def loss(**own: Any) -> dict[str, Tensor]:
@@ -508,7 +526,10 @@ class SpecKDTrainer(SFTTrainer):
             with span(HEAD_AND_LOSS):
                 head = self._training_vocabulary.restrict(LMHead.from_model(student))
                 teacher = self._answers(pending, inputs)  # after the student's forward: two devices work at the same time
-                seen["output"] = distillation_loss(self.objective, hidden.flatten(0, 1), head, teacher, rows, *self._how)
+                third = None if asked is None else asked.rows()
+                seen["output"] = distillation_loss(
+                    self.objective, hidden.flatten(0, 1), head, teacher, rows, *self._how, third, self._gather
+                )
             return {"loss": seen["output"].sum}
 
         with self.accelerator.autocast():
@@ -520,6 +541,9 @@ class SpecKDTrainer(SFTTrainer):
 
     def _ask(self, inputs: dict[str, Any], rows: SupervisedRows) -> PendingAnswer | None:
         return None if self.source is None else self.source.launch(self._question(inputs, rows))
+
+    def _ask_reference(self, inputs: dict[str, Any], rows: SupervisedRows) -> PendingAnswer | None:
+        return None if self.reference is None else self.reference.launch(self._question(inputs, rows))
 
     @torch.no_grad()
     def _answers(self, pending: PendingAnswer | None, inputs: dict[str, Any], reliable: bool = False) -> TeacherRows | None:
@@ -670,7 +694,10 @@ class SpecKDTrainer(SFTTrainer):
             measure(sums, hidden, self.vocabulary.restrict(head), teacher, held_out, known)
             needed, axis = (teacher if self.objective.needs_teacher else None), self._training_vocabulary
             rows = self._rows(inputs, axis)
-            output = distillation_loss(self.objective, hidden, axis.restrict(head), needed, rows, *self._how)
+            asked = self._ask_reference(inputs, rows)
+            third = None if asked is None else asked.rows()
+            own = axis.restrict(head)
+            output = distillation_loss(self.objective, hidden, own, needed, rows, *self._how, third, self._gather)
         return torch.stack([output.sum, output.count]).double().cpu()
 
 
@@ -683,6 +710,13 @@ def _require_shares(args: SpecKDConfig, names: list[str]) -> None:
         raise ConfigError(f"{given[0]} is set, but there are no teachers by name", "Pass a mapping as teacher_model")
     if names and args.teacher_mixture is not None:
         require_weights(names, args.teacher_mixture)
+
+
+def _require_reference(objective: Objective, reference: Any) -> None:
+    if objective.needs_reference and reference is None:
+        raise ConfigError(
+            "the gate compares the student with a reference model, and none is given", "Set reference_model_name_or_path"
+        )
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

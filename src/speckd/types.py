@@ -18,6 +18,11 @@ from speckd import tiles
 from speckd.errors import CapabilityError
 
 IGNORED_LABEL = -100  # the field's convention for "not supervised"
+#: What helps a gate that can make do with less than the whole distribution.
+ALLOW_LOWER_BOUND = (
+    "Set gate_options: {allow_lower_bound: true}, which is exact inside and rejects outside, or use a teacher that gives the "
+    "whole vocabulary"
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class DenseSignal:
         some = [tiles.sample(tiles.softmax(self.logits[part]), draws[part]) for part in tiles.row_slices(self.logits)]
         return torch.cat(some) if some else draws.long()
 
-    def require_whole(self, vocabulary_size: int, why: str) -> None:
+    def require_whole(self, vocabulary_size: int, why: str, fix: str = "") -> None:
         """It is."""
 
     def overlap(self, student: "DenseSignal") -> Tensor:
@@ -172,14 +177,11 @@ class TopKSignal:
         self._require_ranks("the overlap with the student")
         return torch.minimum(student.log_prob(self.token_ids), self.log_probs).exp().sum(-1).clamp(max=1.0)
 
-    def require_whole(self, vocabulary_size: int, why: str) -> None:
+    def require_whole(self, vocabulary_size: int, why: str, fix: str = ALLOW_LOWER_BOUND) -> None:
         """Refuses what needs the probability of any token, unless the K are all there are."""
         if self.token_ids.shape[-1] < vocabulary_size:
-            raise CapabilityError(
-                f"{why}, but the teacher gives its top {self.token_ids.shape[-1]} only",
-                "Set gate_options: {allow_lower_bound: true}, which is exact inside and rejects outside, or use a teacher that "
-                "gives the whole vocabulary",
-            )
+            raise CapabilityError(f"{why}, but the teacher gives its top {self.token_ids.shape[-1]} only", fix)
+        self._require_ranks("the whole distribution")
 
     def entropy(self) -> Tensor:
         """Entropy of the top-K and one tail bucket: a lower bound of the teacher's entropy."""
@@ -238,7 +240,7 @@ class OptimisticSignal:
         above = self.distinct & (self.logits > self._logit(token_ids[:, None]) + 2 * self.margin)
         return above.sum(-1) < k
 
-    def require_whole(self, vocabulary_size: int, why: str) -> None:
+    def require_whole(self, vocabulary_size: int, why: str, fix: str = "") -> None:
         """Unknown tokens are answered for."""
 
     def overlap(self, student: DenseSignal) -> Tensor:
@@ -267,13 +269,15 @@ class Capabilities:
 class Rows:
     """What a gate sees: everything that is known of N supervised tokens. No gradient flows from here.
 
-    `student_logits`: [N, V], float32 or float64; `labels`: [N] int64, the data's token.
+    `student_logits`: [N, V], float32 or float64; `labels`: [N] int64, the data's token; `reference`: what a third, frozen model
+    says of the same rows, only where the gate `needs_reference`.
     """
 
     student_logits: Tensor
     teacher: TeacherSignal
     labels: Tensor
     keys: TokenKeys
+    reference: TeacherSignal | None = None
 
     @cached_property
     def student(self) -> DenseSignal:
@@ -283,10 +287,25 @@ class Rows:
     def student_label_log_prob(self) -> Tensor:
         return self.student.label_log_prob(self.labels)
 
+    @property
+    def required_reference(self) -> TeacherSignal:
+        if self.reference is None:
+            raise CapabilityError(
+                "the gate compares the student with a reference model, and there is none", "Set reference_model_name_or_path"
+            )
+        return self.reference
+
     @classmethod
-    def of(cls, student: DenseSignal, teacher: TeacherSignal, labels: Tensor, keys: TokenKeys) -> "Rows":
+    def of(
+        cls,
+        student: DenseSignal,
+        teacher: TeacherSignal,
+        labels: Tensor,
+        keys: TokenKeys,
+        reference: TeacherSignal | None = None,
+    ) -> "Rows":
         """With a student's distribution of which something may be known already."""
-        rows = cls(student.logits, teacher, labels, keys)
+        rows = cls(student.logits, teacher, labels, keys, reference)
         rows.__dict__["student"] = student
         return rows
 
@@ -307,15 +326,31 @@ class MonotoneGate(Gate, Protocol):
 
 @runtime_checkable
 class BatchGate(Protocol):
-    """A gate that must see the whole batch: a first pass scores every row, `select` then decides over all scores at once."""
+    """A gate that must see the whole batch: a first pass scores every row, `select` then decides over all scores at once.
+
+    The batch is that of all processes; its rows come in any order, so that order may decide nothing.
+    """
 
     def score(self, rows: Rows) -> Tensor:
-        """[N] scores of one chunk."""
+        """[N] scores of one chunk, or [N, C] where a row needs several numbers."""
         ...
 
     def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
-        """[N] scores of the whole batch -> [N] acceptance in [0, 1]."""
+        """[N] or [N, C] scores of the whole batch -> [N] acceptance in [0, 1]."""
         ...
+
+
+@runtime_checkable
+class ReferenceGate(Protocol):
+    """A gate, of either kind, that may look at `Rows.reference`."""
+
+    @property
+    def needs_reference(self) -> bool: ...
+
+
+def needs_reference(gate: object) -> bool:
+    """Does this gate compare with a reference model? One that does not say is one that does not."""
+    return isinstance(gate, ReferenceGate) and gate.needs_reference
 
 
 #: (student log-probs, teacher log-probs), both [N, S] and normalised -> one number per token, [N], differentiable.

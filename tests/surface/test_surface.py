@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 def test_names_are_frozen() -> None:
     assert recipe_names() == ["label-ratio", "paper-v1", "paper-v2-spec", "paper-v2-top-k", "sft", "top-k-label", "ungated"]
     assert sorted(GATES) == (
-        "expected_spec inverted label_in_top_k label_ratio matched_random none random spec top_k two_sided".split()
+        "entropy_gap entropy_weight excess_divergence excess_label_loss expected_spec hellinger inverted label_in_top_k "
+        "label_ratio label_uncertainty matched_random none random spec student_entropy teachability teacher_entropy tip top_k "
+        "total_variation two_sided".split()
     )
     assert sorted(REJECTED) == ["down_weight", "label", "mask", "residual"]
     assert sorted(DIVERGENCES) == (
@@ -31,7 +33,7 @@ def test_names_are_frozen() -> None:
     assert own == set(
         "gate gate_options rejected rejected_options divergence divergence_options divergence_temperature normalizer "
         "label_loss_weight teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs "
-        "teacher teachers teacher_route_column teacher_mixture teacher_sharding "
+        "teacher teachers teacher_route_column teacher_mixture teacher_sharding reference_model_name_or_path "
         "teacher_top_k teacher_cache_dir teacher_cache_kind teacher_cache_samples teacher_cache_bits teacher_cache_compression "
         "teacher_server_urls teacher_server_api teacher_server_model teacher_server_concurrency teacher_server_tokens "
         "teacher_server_timeout_s teacher_server_patience_s teacher_prefetch "

@@ -17,6 +17,7 @@ from speckd.checks import (
     loaded,
     output_folder,
     require_k_below,
+    require_reference,
     require_student,
     require_teacher,
     several_teachers,
@@ -92,6 +93,7 @@ def as_trained(settings: Settings, tokenizer: Any) -> Any:
 def teacher(settings: Settings) -> Examination[bool]:
     """Is it there, as far as this process has to load it?"""
     require_teacher(settings)
+    require_reference(settings)
     for name in (settings.teacher_model, *several_teachers(settings).values()):
         if name is not None:
             yield ok(About.MODELS, f"teacher: {name}")

@@ -47,11 +47,13 @@ def verdicts(trainer: SpecKDTrainer, asked: Sequence[Wanted], source: TeacherSou
         hidden = trainer.student.get_decoder()(**question.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         head = vocabulary.restrict(LMHead.from_model(trainer.student))
         answers = None if pending is None else pending.rows()
+        third = None if trainer.reference is None else trainer.reference.launch(question).rows()
         seen = []
         for chunk in torch.arange(len(rows), device=hidden.device).split(default_chunk_size(head.weight.shape[0])):
             logits = head(hidden[rows.index[chunk]])
             teacher = None if answers is None else answers.signal(rows.index[chunk])
-            seen.append(_of_chunk(trainer, logits, teacher, rows, chunk))
+            reference = None if third is None else third.signal(rows.index[chunk])
+            seen.append(_of_chunk(trainer, logits, teacher, rows, chunk, reference))
     columns = [torch.cat(parts) for parts in zip(*seen, strict=True)]
     gate = trainer.objective.gate
     if isinstance(gate, BatchGate) and len(columns[-1]):
@@ -69,7 +71,12 @@ def _as_in_the_run(rows: SupervisedRows, asked: Sequence[Wanted], seed: int) -> 
 
 
 def _of_chunk(
-    trainer: SpecKDTrainer, logits: Tensor, teacher: TeacherSignal | None, rows: SupervisedRows, chunk: Tensor
+    trainer: SpecKDTrainer,
+    logits: Tensor,
+    teacher: TeacherSignal | None,
+    rows: SupervisedRows,
+    chunk: Tensor,
+    reference: TeacherSignal | None,
 ) -> tuple[Tensor, ...]:
     labels, student = rows.labels[chunk], DenseSignal(logits)
     known = labels, student.argmax(), student.label_log_prob(labels)
@@ -77,7 +84,7 @@ def _of_chunk(
         return *known, labels[:0], logits[:0, 0], logits[:0, 0]
     acceptance = logits[:0, 0]
     if trainer.objective.needs_teacher:
-        gate, seen = trainer.objective.gate, Rows.of(student, teacher, labels, rows.keys.rows(chunk))
+        gate, seen = trainer.objective.gate, Rows.of(student, teacher, labels, rows.keys.rows(chunk), reference)
         acceptance = gate.score(seen) if isinstance(gate, BatchGate) else gate(seen)
     return *known, teacher.argmax(), teacher.label_log_prob(labels), acceptance
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from speckd.comparisons import as_dense
 from speckd.divergences import HasEntries
 from speckd.kernels import programs
 from speckd.kernels.statistics import MeasuredSignal
@@ -12,7 +13,6 @@ from speckd.row_pass import (
     JudgedRows,
     RowPass,
     RowResults,
-    as_dense,
     closed_form,
     divergence_slope,
     slope_against_tail,
@@ -46,6 +46,7 @@ class KernelPass(RowPass):
         if len(first) and isinstance(rows.teacher, TopKSignal) and rows.teacher.token_ids.shape[-1] < chunk.width:
             found.divergence[first] = chunk.learn_top_k(rows.teacher, first, on[first][:, None])
         elif len(first):
+            assert rows.teacher is not None
             teacher = self._measured(as_dense(rows.teacher))
             chunk.learn_dense(teacher, first, on, found.divergence)
             apart = first[~torch.isfinite(found.divergence[first])]

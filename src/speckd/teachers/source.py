@@ -78,7 +78,8 @@ def require_answers(objective: Objective, capabilities: Capabilities, vocabulary
     logits = torch.linspace(0, 1, size).expand(2, size).clone()
     signal = _example(capabilities, logits)
     zeros = torch.zeros(2, dtype=torch.int64)
-    rows = Rows(logits, signal, zeros, TokenKeys(zeros, zeros))
+    reference = DenseSignal(logits) if objective.needs_reference else None
+    rows = Rows(logits, signal, zeros, TokenKeys(zeros, zeros), reference)
     gate = objective.gate
     gate.score(rows) if isinstance(gate, BatchGate) else gate(rows)
     shared_support(logits, signal, objective.divergence_temperature)
