@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from speckd import divergences, gates, policies
+from speckd import divergences, gates, lk_losses, policies, taid
 from speckd.errors import ConfigError
 from speckd.objective import Normalizer, Objective
 
@@ -17,6 +17,7 @@ GATES: Mapping[str, Callable[..., Any]] = {
     "spec": gates.Spec,
     "expected_spec": gates.ExpectedSpec,
     "two_sided": gates.TwoSided,
+    "threshold": gates.Threshold,
     "label_in_top_k": gates.LabelInTopK,
     "label_ratio": gates.LabelRatio,
     "random": gates.Random,
@@ -39,6 +40,10 @@ DIVERGENCES: Mapping[str, Callable[..., Any]] = {
     "alpha_beta": divergences.AlphaBeta,
     "adaptive_kl": divergences.AdaptiveKL,
     "todi": lambda: divergences.todi,
+    "taid": taid.TAID,
+    "lk_alpha": lk_losses.LKAlpha,
+    "lk_hybrid": lk_losses.LKHybrid,
+    "label_nll": divergences.LabelNLL,
 }
 
 #: What the fields of gates, policies and divergences may be, in words and for isinstance.

@@ -26,10 +26,11 @@ from speckd.objective import (
     require_finite_losses,
     require_usable_logits,
 )
-from speckd.row_pass import JudgedRows, RowResults, wants_support
+from speckd.row_pass import JudgedRows, RowPass, RowResults, batch_scores, wants_support
 from speckd.spans import DIVERGENCE, EARLY_REJECTION, GATE, HEAD_GRADIENTS, STUDENT_HEAD, TEACHER_HEAD, span
 from speckd.tokens import SupervisedRows
 from speckd.types import (
+    BatchDivergence,
     BatchGate,
     DenseSignal,
     DenseTeacherRows,
@@ -215,12 +216,17 @@ class _Batch:
         self.largest = _Largest.of(self.entropy)
         self.numbers = torch.arange(len(self.rows), device=self.hidden.device)
         self.waiting: list[Tensor] = []  # which rows the gradients at the head of student_space belong to
+
+    @cached_property
+    def row_pass(self) -> RowPass:
+        """By the objective as it is once its divergence is settled."""
+        rows, width = self.student_space.shape
         by_definition = wants_support(self.objective)
         closed = isinstance(self.objective.divergence, HasEntries) and not by_definition
-        of_a_chunk = shape[0] // (_TILES_OF_A_CHUNK if closed else 3 * _TILES_OF_A_CHUNK)
-        small, large = (_TILE_BYTES // (share * 4 * shape[1]) for share in (4, 1))
+        of_a_chunk = rows // (_TILES_OF_A_CHUNK if closed else 3 * _TILES_OF_A_CHUNK)
+        small, large = (_TILE_BYTES // (share * 4 * width) for share in (4, 1))
         tile = max(1, small, min(large, of_a_chunk))
-        self.row_pass = kernels.row_pass(self.objective, self.head, tile, by_definition, self.student_space)
+        return kernels.row_pass(self.objective, self.head, tile, by_definition, self.student_space)
 
     def run(self) -> RowResults:
         """What was found, row by row; whether it is finite, `largest` says."""
@@ -271,18 +277,28 @@ class _Batch:
         return kernels.signal(logits, self.objective.divergence_temperature)
 
     def _first_pass(self) -> Tensor | None:
-        """A `BatchGate` sees every row before the first is weighed; None where rows are judged one by one."""
-        gate = self.objective.gate
-        if not self.objective.needs_teacher or not isinstance(gate, BatchGate) or not len(self.rows):
+        """What a `BatchGate` and a `BatchDivergence` find out of every row before the first is weighed.
+
+        The verdicts, [N], None where rows are judged one by one; the divergence is settled.
+        """
+        gate, divergence, temperature = self.objective.gate, self.objective.divergence, self.objective.divergence_temperature
+        ranks, settles = isinstance(gate, BatchGate), isinstance(divergence, BatchDivergence)
+        if not self.objective.needs_teacher or not (ranks or settles) or not len(self.rows):
             return None
-        scores = []
+        scores: list[Tensor] = []
+        distances: list[Tensor] = []
         for start in range(0, len(self.rows), self.most):
             some = slice(start, min(len(self.rows), start + self.most))
             part = self.rows.rows(some)
             student, teacher = self._student(some, 0), self._teacher(some, part.index)
-            scores.append(gate.score(Rows.of(student, teacher, part.labels, part.keys)))
+            if isinstance(gate, BatchGate):
+                scores.append(gate.score(Rows.of(student, teacher, part.labels, part.keys)))
+            if isinstance(divergence, BatchDivergence):
+                distances += batch_scores(divergence, student, teacher, temperature)
         self.largest.require_finite_logits(self.rows.keys)  # NaN has no rank
-        return gate.select(torch.cat(scores), self.rows.keys)
+        if distances:
+            self.objective = self.objective.settled(torch.cat(distances))
+        return gate.select(torch.cat(scores), self.rows.keys) if isinstance(gate, BatchGate) else None
 
     # ---- verdicts, weights, gradients of logits ----------------------------------------------------------------------------
 
