@@ -10,9 +10,10 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from trl import SFTConfig
 
-from speckd.config import MethodConfig, Options, nearest
+from speckd.config import Options, nearest
 from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
+from speckd.moving_config import MovingConfig
 from speckd.teachers.placement import existing_device
 from speckd.teachers.sharding import SHARDINGS
 
@@ -25,7 +26,7 @@ LOWER_IS_BETTER = {"loss", "nll", "kl", "kl_at_least"}
 
 
 @dataclass
-class SpecKDConfig(MethodConfig, SFTConfig):
+class SpecKDConfig(MovingConfig, SFTConfig):
     """`SFTConfig` with the method and the teacher. What is unset behaves as in TRL, but for what is listed here.
 
     bfloat16 is used where a GPU offers it and nobody said otherwise (TRL: always); non-finite losses are never hidden from the
@@ -40,6 +41,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         "gate_options",
         "rejected_options",
         "divergence_options",
+        *MovingConfig.MOVING_KEYS,
     ]
 
     output_dir: str | None = field(default=None, metadata={"help": "where the student, its card and its log are written"})
@@ -151,7 +153,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             self.greater_is_better = not any(f"_{best}".endswith(f"_{name}") for name in LOWER_IS_BETTER)
         super().__post_init__()
         self._refuse_contradictions()
-        self.objective()  # an unknown name or option is an error now, not after the models are loaded
+        self.moving_objective()  # an unknown name or option is an error now, not after the models are loaded
 
     def _refuse_contradictions(self) -> None:
         self._check_teacher()

@@ -18,20 +18,27 @@ def alone(own: Tensor) -> tuple[Tensor, slice]:
     return own, slice(0, len(own))
 
 
-def verdicts(gate: BatchGate, scores: Tensor | None, keys: TokenKeys, gather: Gather) -> Tensor:
-    """[n] acceptance of this process's rows.
+def everybody(own: Tensor, gather: Gather) -> tuple[Tensor, slice]:
+    """[n] or [n, C] of this process -> the rows of all processes, and where its own stand; exact, in its dtype.
+
+    A process without rows may not know C, and gets what it should not look at.
+    """
+    flat = own.double().reshape(len(own), -1) if len(own) else own.new_zeros(0, 1, dtype=torch.float64)
+    every, mine = gather(flat)
+    return (every.to(own.dtype).reshape(-1, *own.shape[1:]) if len(own) else every), mine
+
+
+def verdicts(gate: BatchGate, scores: Tensor, keys: TokenKeys, gather: Gather) -> Tensor:
+    """[n] acceptance of this process's rows, of which there may be none.
 
     Args:
         gate: decides over everybody's scores.
-        scores: [n] or [n, C] of this process; None where it has no rows, which still takes part in the gathering.
+        scores: [n] or [n, C] of this process.
         keys: of its rows; seed and epoch are everybody's.
         gather: how the others' are had.
     """
-    own = torch.zeros(0, 1, device=keys.sample.device) if scores is None else scores.double().reshape(len(scores), -1)
-    everybody, mine = gather(own.double())
+    every, mine = everybody(scores, gather)
     who, _ = gather(torch.stack([keys.sample, keys.position], -1))
-    if scores is None:
-        return own[:, 0]
-    everybody = everybody.to(scores.dtype).reshape(-1, *scores.shape[1:])
-    every = TokenKeys(who[:, 0], who[:, 1], keys.seed, keys.epoch)
-    return gate.select(everybody, every)[mine]
+    if not len(scores):
+        return scores.reshape(0)
+    return gate.select(every, TokenKeys(who[:, 0], who[:, 1], keys.seed, keys.epoch))[mine]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from speckd import divergences, entropy_gates, gates, policies, ranked_gates
+from speckd import divergences, entropy_gates, gates, lk_losses, policies, ranked_gates, taid
 from speckd.errors import ConfigError
 from speckd.objective import Normalizer, Objective
 
@@ -17,6 +17,7 @@ GATES: Mapping[str, Callable[..., Any]] = {
     "spec": gates.Spec,
     "expected_spec": gates.ExpectedSpec,
     "two_sided": gates.TwoSided,
+    "threshold": gates.Threshold,
     "label_in_top_k": gates.LabelInTopK,
     "label_ratio": gates.LabelRatio,
     "random": gates.Random,
@@ -50,6 +51,10 @@ DIVERGENCES: Mapping[str, Callable[..., Any]] = {
     "alpha_beta": divergences.AlphaBeta,
     "adaptive_kl": divergences.AdaptiveKL,
     "todi": lambda: divergences.todi,
+    "taid": taid.TAID,
+    "lk_alpha": lk_losses.LKAlpha,
+    "lk_hybrid": lk_losses.LKHybrid,
+    "label_nll": divergences.LabelNLL,
 }
 
 #: What the fields of gates, policies and divergences may be, in words and for isinstance.
@@ -57,6 +62,7 @@ _KINDS: Mapping[Any, tuple[str, tuple[type, ...]]] = {
     int: ("a whole number", (int,)),
     float: ("a number", (int, float)),
     bool: ("true or false", (bool,)),
+    str: ("a name", (str,)),
 }
 
 Options = dict[str, Any] | str
@@ -83,7 +89,7 @@ class MethodConfig:
 
     def objective(self) -> Objective:
         return Objective(
-            gate=_gate(self.gate, _mapping("gate_options", self.gate_options)),
+            gate=_gate(self.gate, mapping("gate_options", self.gate_options)),
             rejected=_build("rejected", REJECTED, self.rejected, "rejected_options", self.rejected_options),
             divergence=_build("divergence", DIVERGENCES, self.divergence, "divergence_options", self.divergence_options),
             normalizer=self.normalizer,
@@ -108,22 +114,28 @@ def _gate(name: str, options: dict[str, Any]) -> Any:
 def _build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_key: str, options: Options | None) -> Any:
     if name not in known:
         raise ConfigError(f"{key}: '{name}' is not a {key}", nearest(str(name), list(known)))
-    build, given = known[name], _mapping(options_key, options)
+    build, given = known[name], mapping(options_key, options)
     valid = {f.name: f.type for f in fields(build)} if is_dataclass(build) else {}
-    for option, value in given.items():
-        if option not in valid:
-            fix = nearest(option, list(valid)) if valid else f"Remove it: {name} has no options"
-            raise ConfigError(f"{options_key}: '{option}' is not an option of {name}", fix)
-        wanted, kinds = _KINDS.get(valid[option], ("another gate's name", ()))
-        if not isinstance(value, kinds) or (isinstance(value, bool) and valid[option] is not bool):
-            raise ConfigError(f"{options_key}: {option} is {value!r}", f"Give {wanted}")
+    require_options(options_key, name, valid, given)
     missing = [f for f in ("gate",) if f in valid and f not in given]
     if missing:
         raise ConfigError(f"{options_key}: {name} needs another gate", f"Write {options_key}: {{gate: top_k}}")
     return build(**given)
 
 
-def _mapping(key: str, options: Options | None) -> dict[str, Any]:
+def require_options(key: str, name: str, valid: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses options that `name` does not have, and values of another kind; `valid`: each option's type."""
+    for option, value in given.items():
+        if option not in valid:
+            fix = nearest(option, list(valid)) if valid else f"Remove it: {name} has no options"
+            raise ConfigError(f"{key}: '{option}' is not an option of {name}", fix)
+        wanted, kinds = _KINDS.get(valid[option], ("another gate's name", ()))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and valid[option] is not bool):
+            raise ConfigError(f"{key}: {option} is {value!r}", f"Give {wanted}")
+
+
+def mapping(key: str, options: Options | None) -> dict[str, Any]:
+    """A setting that is a mapping, or JSON on the command line."""
     if isinstance(options, str):
         try:
             options = json.loads(options)

@@ -10,12 +10,22 @@ may state one entry's summand and slope in closed form, which the engine and its
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, abs, clamp_min, exp, log, where
 
 from speckd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LabelNLL:
+    """−log q(y), y the data's token, in the place of a divergence: so a gate weighs cross-entropy (SeqKD with the gate).
+
+    Not called, since a divergence does not see the label: the loss takes the student's log q(y), which it has anyway.
+    """
+
+    notation: ClassVar[str] = "(−log q_t(y_t))"
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ def _log_mixture(share: float, a: Tensor, b: Tensor) -> Tensor:
 class ForwardKL:
     """KL(p ‖ q) = Σ p log(p/q)."""
 
+    notation: ClassVar[str] = "KL(p_t ‖ q_t)"
+
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         return _expectation(teacher, _log_ratio(teacher, student))
 
@@ -75,6 +87,8 @@ def _forward_kl_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: float
 @dataclass(frozen=True)
 class ReverseKL:
     """KL(q ‖ p) = Σ q log(q/p)."""
+
+    notation: ClassVar[str] = "KL(q_t ‖ p_t)"
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         return _expectation(student, _log_ratio(student, teacher))
@@ -92,6 +106,8 @@ def _reverse_kl_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: float
 @dataclass(frozen=True)
 class TotalVariation:
     """½ Σ |p − q|, in [0, 1] (not nats)."""
+
+    notation: ClassVar[str] = "½ Σ_v |p_t − q_t|"
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         return 0.5 * (teacher.exp() - student.exp()).abs().sum(-1)
@@ -126,6 +142,10 @@ class GeneralizedJSD:
     def __post_init__(self) -> None:
         _require_share("beta", self.beta)
 
+    @property
+    def notation(self) -> str:
+        return f"JSD_{self.beta:g}(p_t, q_t)"
+
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.beta == 0:
             return forward_kl(student, teacher)
@@ -156,6 +176,10 @@ class SkewedForwardKL:
     def __post_init__(self) -> None:
         _require_share("alpha", self.alpha)
 
+    @property
+    def notation(self) -> str:
+        return f"KL(p_t ‖ {self.alpha:g}·p_t + {1 - self.alpha:g}·q_t)"
+
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.alpha == 0:
             return forward_kl(student, teacher)
@@ -181,6 +205,10 @@ class SkewedReverseKL:
 
     def __post_init__(self) -> None:
         _require_share("alpha", self.alpha)
+
+    @property
+    def notation(self) -> str:
+        return f"KL(q_t ‖ {1 - self.alpha:g}·p_t + {self.alpha:g}·q_t)"
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         return SkewedForwardKL(self.alpha)(teacher, student)
@@ -209,6 +237,10 @@ class AlphaBeta:
                 f"alpha_beta with alpha {self.alpha} and beta {self.beta}",
                 "Use alpha and beta above 0 (the limits are forward_kl and reverse_kl)",
             )
+
+    @property
+    def notation(self) -> str:
+        return f"D_AB(p_t ‖ q_t), α = {self.alpha:g}, β = {self.beta:g}"
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         a, b, c = self.alpha, self.beta, self.alpha + self.beta
@@ -240,6 +272,10 @@ class AdaptiveKL:
     def __post_init__(self) -> None:
         _require_share("head_mass", self.head_mass)
 
+    @property
+    def notation(self) -> str:
+        return f"s_t·KL(p_t ‖ q_t) + (1 − s_t)·KL(q_t ‖ p_t), s_t of the head of mass {self.head_mass:g}"
+
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
             ordered, order = teacher.exp().sort(dim=-1, descending=True, stable=True)
@@ -254,6 +290,8 @@ class AdaptiveKL:
 @dataclass(frozen=True)
 class ToDi:
     """ToDi (2505.16297): each vocabulary entry mixes the two KLs by σ(log p/q) and σ(log q/p), both without gradient."""
+
+    notation: ClassVar[str] = "Σ_v [σ(ρ)·p_t·ρ − (1 − σ(ρ))·q_t·ρ], ρ = log(p_t/q_t)"
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         ratio = _log_ratio(teacher, student)

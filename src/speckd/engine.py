@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from speckd import kernels
-from speckd.batch_verdicts import Gather, alone, verdicts
+from speckd.batch_verdicts import Gather, alone, everybody, verdicts
 from speckd.divergences import HasEntries
 from speckd.early_rejection import EarlyRejection
 from speckd.errors import ConfigError, NonFiniteError
@@ -27,10 +27,11 @@ from speckd.objective import (
     require_finite_losses,
     require_usable_logits,
 )
-from speckd.row_pass import JudgedRows, RowResults, wants_support
+from speckd.row_pass import JudgedRows, RowPass, RowResults, batch_scores, wants_support
 from speckd.spans import DIVERGENCE, EARLY_REJECTION, GATE, HEAD_GRADIENTS, STUDENT_HEAD, TEACHER_HEAD, span
 from speckd.tokens import SupervisedRows
 from speckd.types import (
+    BatchDivergence,
     BatchGate,
     DenseSignal,
     DenseTeacherRows,
@@ -235,12 +236,17 @@ class _Batch:
         self.largest = _Largest.of(self.entropy)
         self.numbers = torch.arange(len(self.rows), device=self.hidden.device)
         self.waiting: list[Tensor] = []  # which rows the gradients at the head of student_space belong to
+
+    @cached_property
+    def row_pass(self) -> RowPass:
+        """By the objective as it is once its divergence is settled."""
+        rows, width = self.student_space.shape
         by_definition = wants_support(self.objective)
         closed = isinstance(self.objective.divergence, HasEntries) and not by_definition
-        of_a_chunk = shape[0] // (_TILES_OF_A_CHUNK if closed else 3 * _TILES_OF_A_CHUNK)
-        small, large = (_TILE_BYTES // (share * 4 * shape[1]) for share in (4, 1))
+        of_a_chunk = rows // (_TILES_OF_A_CHUNK if closed else 3 * _TILES_OF_A_CHUNK)
+        small, large = (_TILE_BYTES // (share * 4 * width) for share in (4, 1))
         tile = max(1, small, min(large, of_a_chunk))
-        self.row_pass = kernels.row_pass(self.objective, self.head, tile, by_definition, self.student_space)
+        return kernels.row_pass(self.objective, self.head, tile, by_definition, self.student_space)
 
     def run(self) -> RowResults:
         """What was found, row by row; whether it is finite, `largest` says."""
@@ -291,22 +297,38 @@ class _Batch:
         return kernels.signal(logits, self.objective.divergence_temperature)
 
     def _first_pass(self) -> Tensor | None:
-        """A `BatchGate` sees every row before the first is weighed; None where rows are judged one by one."""
-        gate = self.objective.gate
-        if not self.objective.needs_teacher or not isinstance(gate, BatchGate):
+        """What a `BatchGate` and a `BatchDivergence` find out of every row, of all processes, before the first is weighed.
+
+        The verdicts, [N], None where rows are judged one by one; the divergence is settled.
+        """
+        gate, divergence, temperature = self.objective.gate, self.objective.divergence, self.objective.divergence_temperature
+        ranks, settles = isinstance(gate, BatchGate), isinstance(divergence, BatchDivergence)
+        if not self.objective.needs_teacher or not (ranks or settles):
             return None
-        scores = []
+        scores: list[Tensor] = []
+        distances: list[Tensor] = []
         # No gradient waits yet: where a reference is needed, its logits take the other half of the student's space.
         step = self.most if self.reference is None else max(1, min(self.most, len(self.student_space) // 2))
         for start in range(0, len(self.rows), step):
             some = slice(start, min(len(self.rows), start + step))
             part = self.rows.rows(some)
             student, teacher = self._student(some, 0), self._teacher(some, part.index)
-            reference = self._reference(part, self.student_space[len(part) :])
-            scores.append(gate.score(Rows.of(student, teacher, part.labels, part.keys, reference)))
+            if isinstance(gate, BatchGate):
+                reference = self._reference(part, self.student_space[len(part) :])
+                scores.append(gate.score(Rows.of(student, teacher, part.labels, part.keys, reference)))
+            if isinstance(divergence, BatchDivergence):
+                distances += batch_scores(divergence, student, teacher, temperature)
         self.largest.require_finite_logits(self.rows.keys)  # NaN has no rank
-        own = torch.cat(scores).to(self.dtype) if scores else None
-        return verdicts(gate, own, self.rows.keys, self.gather).to(self.dtype)
+        if settles:
+            every, _ = everybody(self._joined(distances), self.gather)
+            self.objective = self.objective.settled(every) if len(self.rows) else self.objective
+        if not isinstance(gate, BatchGate):
+            return None
+        return verdicts(gate, self._joined(scores), self.rows.keys, self.gather).to(self.dtype)
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """[N] or [N, C] of this process, in the precision of all."""
+        return torch.cat(parts).to(self.dtype) if parts else self.entropy
 
     def _reference(self, rows: SupervisedRows, space: Tensor | None = None) -> TeacherSignal | None:
         """Where one is asked for; its logits in a given space, if they find room there."""

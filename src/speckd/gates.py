@@ -7,6 +7,7 @@ q student, y the data's token.
 Greedy Top-k and Spec-k are the paper's (arXiv 2510.24021); what is ours says so. All verdicts are taken at temperature 1.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from speckd.errors import ConfigError
 from speckd.randomness import uniforms
-from speckd.types import BatchGate, Gate, Rows, TokenKeys, needs_reference
+from speckd.types import BatchGate, Gate, Rows, TokenKeys, needs_reference, notation_of
 
 # ---- propose -------------------------------------------------------------------------------------------------------------
 
@@ -74,6 +75,10 @@ class TopK:
     def __post_init__(self) -> None:
         _require_positive("verify_top_k", self.verify_top_k)
 
+    @property
+    def notation(self) -> str:
+        return f"1[argmax q_t ∈ Top-{self.verify_top_k}(p_t)]"
+
     def __call__(self, rows: Rows) -> Tensor:
         proposal = propose_greedy(rows)
         return verify_in_top_k(rows, proposal, self.verify_top_k).to(rows.student_logits.dtype)
@@ -93,6 +98,10 @@ class Spec:
 
     def __post_init__(self) -> None:
         _require_positive("candidates", self.candidates)
+
+    @property
+    def notation(self) -> str:
+        return f"1[some i ≤ {self.candidates}: u_i < min(1, p_t(v_i)/q_t(v_i))], v_i ~ q_t"
 
     def __call__(self, rows: Rows) -> Tensor:
         _require_whole(rows, self.allow_lower_bound, "spec needs the teacher's probability of whatever the student draws")
@@ -115,10 +124,38 @@ class ExpectedSpec:
     def __post_init__(self) -> None:
         _require_positive("candidates", self.candidates)
 
+    @property
+    def notation(self) -> str:
+        return f"1 − TV(p_t, q_t)^{self.candidates}"
+
     def __call__(self, rows: Rows) -> Tensor:
         _require_whole(rows, self.allow_lower_bound, "expected_spec needs the whole of the teacher's distribution")
         total_variation = 1 - rows.teacher.overlap(rows.student)
         return 1 - total_variation**self.candidates
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Accepted iff the teacher gives the student's argmax a probability of at least `threshold`: Top-k's test without ranks,
+    which a controller can move without steps. Ours. (A top-K teacher rejects a proposal outside, though its own may be above.)
+    """
+
+    monotone: ClassVar[bool] = True
+    threshold: float = 0.1
+    allow_lower_bound: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ConfigError(f"threshold is {self.threshold}", "Use a threshold above 0, up to 1")
+
+    @property
+    def notation(self) -> str:
+        return f"1[p_t(argmax q_t) ≥ {self.threshold:.4g}]"
+
+    def __call__(self, rows: Rows) -> Tensor:
+        _require_whole(rows, self.allow_lower_bound, "threshold needs the teacher's probability of the student's token")
+        proposed = rows.teacher.log_prob(propose_greedy(rows)[:, None])[:, 0]
+        return (proposed >= math.log(self.threshold)).to(rows.student_logits.dtype)
 
 
 # ---- verifying the teacher against the data: ours ------------------------------------------------------------------------
@@ -133,6 +170,10 @@ class TwoSided:
 
     def __post_init__(self) -> None:
         _require_positive("verify_top_k", self.verify_top_k)
+
+    @property
+    def notation(self) -> str:
+        return f"1[argmax q_t ∈ Top-{self.verify_top_k}(p_t) or y_t ∈ Top-{self.verify_top_k}(p_t)]"
 
     def __call__(self, rows: Rows) -> Tensor:
         proposed = verify_in_top_k(rows, propose_greedy(rows), self.verify_top_k)
@@ -150,6 +191,10 @@ class LabelInTopK:
     def __post_init__(self) -> None:
         _require_positive("verify_top_k", self.verify_top_k)
 
+    @property
+    def notation(self) -> str:
+        return f"1[y_t ∈ Top-{self.verify_top_k}(p_t)]"
+
     def __call__(self, rows: Rows) -> Tensor:
         return verify_in_top_k(rows, rows.labels, self.verify_top_k).to(rows.student_logits.dtype)
 
@@ -163,6 +208,10 @@ class LabelRatio:
     @property
     def monotone(self) -> bool:
         return self.hard
+
+    @property
+    def notation(self) -> str:
+        return "1[p_t(y_t) ≥ q_t(y_t)]" if self.hard else "min(1, p_t(y_t)/q_t(y_t))"
 
     def __call__(self, rows: Rows) -> Tensor:
         if self.hard:
@@ -179,6 +228,8 @@ class LabelRatio:
 class NoGate:
     """Everything is accepted: plain distillation."""
 
+    notation: ClassVar[str] = "1"
+
     def __call__(self, rows: Rows) -> Tensor:
         return torch.ones_like(rows.student_logits[:, 0])
 
@@ -193,6 +244,10 @@ class Random:
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
             raise ConfigError(f"rate is {self.rate}", "Use a rate between 0 and 1")
+
+    @property
+    def notation(self) -> str:
+        return f"1[u_t < {self.rate:g}]"
 
     def __call__(self, rows: Rows) -> Tensor:
         return (_one_uniform(rows.keys) < self.rate).to(rows.student_logits.dtype)
@@ -212,6 +267,10 @@ class Inverted:
     def needs_reference(self) -> bool:
         return needs_reference(self.gate)
 
+    @property
+    def notation(self) -> str:
+        return f"1 − {notation_of(self.gate)}"
+
     def __call__(self, rows: Rows) -> Tensor:
         return 1 - self.gate(rows)
 
@@ -225,6 +284,10 @@ class MatchedRandom:
     @property
     def needs_reference(self) -> bool:
         return needs_reference(self.gate)
+
+    @property
+    def notation(self) -> str:
+        return f"1[u_t < mean of {notation_of(self.gate)}]"
 
     def score(self, rows: Rows) -> Tensor:
         return self.gate.score(rows) if isinstance(self.gate, BatchGate) else self.gate(rows)

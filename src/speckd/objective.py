@@ -1,17 +1,18 @@
 """The loss, defined once: gate → policy → divergence for some rows. Whole batches and chunks call the same function."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from speckd.divergences import forward_kl
+from speckd.divergences import LabelNLL, forward_kl
 from speckd.errors import ConfigError, NonFiniteError
 from speckd.gates import AnyGate, LabelRatio
 from speckd.policies import FallbackRows, Label, RejectedPolicy
 from speckd.support import log_softmax, shared_support
-from speckd.types import Divergence, Rows, TokenKeys, needs_reference
+from speckd.types import BatchDivergence, Divergence, Rows, TokenKeys, needs_reference
 
 Normalizer = Literal["valid", "weight"]
 
@@ -23,7 +24,8 @@ class Objective:
     Args:
         gate: which tokens are accepted.
         rejected: what the others get.
-        divergence: (student, teacher) log-probs -> one number per token.
+        divergence: (student, teacher) log-probs -> one number per token; or one with a coefficient that is the batch's, or the
+            label's cross-entropy, which the gate then weighs.
         normalizer: what the sum is divided by: "valid", the number of supervised tokens (the paper's; at low acceptance it is
             also a smaller step), or "weight", the sum of all the tokens' weights.
         label_loss_weight: λ, the share of plain cross-entropy; 1 is SFT and needs no teacher.
@@ -33,7 +35,7 @@ class Objective:
 
     gate: AnyGate = field(default_factory=LabelRatio)
     rejected: RejectedPolicy = field(default_factory=Label)
-    divergence: Divergence = forward_kl
+    divergence: Divergence | BatchDivergence | LabelNLL = forward_kl
     normalizer: Normalizer = "valid"
     label_loss_weight: float = 0.0
     divergence_temperature: float = 1.0
@@ -45,6 +47,10 @@ class Objective:
             raise ConfigError(f"divergence_temperature is {self.divergence_temperature}", "Use a temperature above 0")
         if self.normalizer not in ("valid", "weight"):
             raise ConfigError(f"normalizer is {self.normalizer!r}", "Use 'valid' (the paper's) or 'weight'")
+        if self.learns_labels and self.divergence_temperature != 1:
+            raise ConfigError(
+                f"divergence_temperature is {self.divergence_temperature}, but label_nll is taken at temperature 1", "Remove it"
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -54,6 +60,23 @@ class Objective:
     def needs_reference(self) -> bool:
         """Does the gate compare with a third model?"""
         return self.needs_teacher and needs_reference(self.gate)
+
+    @property
+    def learns_labels(self) -> bool:
+        """Is it the data's token that accepted rows learn, and the teacher the gate's alone?"""
+        return isinstance(self.divergence, LabelNLL)
+
+    @cached_property
+    def token_divergence(self) -> Divergence:
+        """Of rows one by one. (Asked once: whether something follows a protocol costs as much as a few rows.)"""
+        if isinstance(self.divergence, (BatchDivergence, LabelNLL)):
+            raise TypeError(f"{self.divergence!r} is no divergence of rows one by one: settle it, or ask learns_labels")
+        return self.divergence
+
+    def settled(self, scores: Tensor) -> "Objective":
+        """With the divergence that a `BatchDivergence` settles on; `scores`: [N], of the whole batch."""
+        assert isinstance(self.divergence, BatchDivergence)
+        return replace(self, divergence=self.divergence.settle(scores))
 
 
 @dataclass(frozen=True)
@@ -78,7 +101,7 @@ def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTe
     """Weigh and diverge. Gradient flows to `rows.student_logits` only.
 
     Args:
-        objective: the composition.
+        objective: the composition, its divergence settled.
         rows: N supervised tokens.
         acceptance: [N] from the gate, no gradient.
     """
@@ -93,7 +116,11 @@ def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTe
     # infinite value together with its gradient, which multiplying by 0 would turn into NaN.
     weighed = on.nonzero()[:, 0]
     if share > 0 and weighed.numel():
-        per_token = (temperature**2 * objective.divergence(*_on_support(rows, weighed, temperature))).to(loss.dtype)
+        if objective.learns_labels:
+            per_token = -label_log_prob[weighed]
+        else:
+            divergence_of = objective.token_divergence
+            per_token = (temperature**2 * divergence_of(*_on_support(rows, weighed, temperature))).to(loss.dtype)
         loss = loss.index_add(0, weighed, share * on[weighed] * per_token)
         divergence = divergence.index_copy(0, weighed, per_token.detach())
         own = torch.where(acceptance[weighed] > 0, acceptance[weighed] * per_token.detach(), 0)

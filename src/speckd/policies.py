@@ -1,11 +1,12 @@
 """Weigh: what a token gets that the gate did not (wholly) accept. An axis of its own, for any gate and any divergence.
 
-A policy splits each token's weight between the divergence and a fallback loss, and says what that fallback is.
+A policy splits each token's weight between the divergence and a fallback loss, and says what that fallback is. `notation`:
+the divergence's weight V_t in terms of the acceptance a_t; `fallback_notation`: what is added where there is a fallback.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class RejectedPolicy(Protocol):
 class Mask:
     """A rejected token teaches nothing: the paper's first version, β = 0."""
 
+    notation: ClassVar[str] = "a_t"
+
     def weights(self, acceptance: Tensor) -> tuple[Tensor, Tensor]:
         return acceptance, torch.zeros_like(acceptance)
 
@@ -58,6 +61,10 @@ class DownWeight:
         if not 0 <= self.rejected_weight <= 1:
             raise ConfigError(f"rejected_weight is {self.rejected_weight}", "Use a rejected_weight between 0 and 1")
 
+    @property
+    def notation(self) -> str:
+        return f"{self.rejected_weight:g} + {1 - self.rejected_weight:g}·a_t"
+
     def weights(self, acceptance: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.rejected_weight + (1 - self.rejected_weight) * acceptance
         return kept, torch.zeros_like(acceptance)
@@ -69,6 +76,9 @@ class DownWeight:
 @dataclass(frozen=True)
 class Label:
     """The weight that the divergence loses goes to cross-entropy on the data's token. Ours."""
+
+    notation: ClassVar[str] = "a_t"
+    fallback_notation: ClassVar[str] = "(1 − a_t)·(−log q_t(y_t))"
 
     def weights(self, acceptance: Tensor) -> tuple[Tensor, Tensor]:
         return acceptance, 1 - acceptance
@@ -84,6 +94,9 @@ class Residual:
     r is a constant target; where p = q there is no residual and nothing to learn: the loss is 0. Where they differ by little
     more than rounding, so does r from noise: use it with gates that accept such tokens, as all but the controls do.
     """
+
+    notation: ClassVar[str] = "a_t"
+    fallback_notation: ClassVar[str] = "(1 − a_t)·KL(norm(max(0, p_t − q_t)) ‖ q_t)"
 
     def weights(self, acceptance: Tensor) -> tuple[Tensor, Tensor]:
         return acceptance, 1 - acceptance

@@ -7,6 +7,7 @@ label. Rows without weight get nothing, and a policy whose fallback wants more t
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 
@@ -20,7 +21,7 @@ from speckd.head import LMHead
 from speckd.objective import Objective, TokenTerms, token_terms
 from speckd.policies import FallbackRows
 from speckd.support import shared_support, teacher_support
-from speckd.types import DenseSignal, Divergence, Rows, TeacherSignal, TokenKeys, TopKSignal
+from speckd.types import BatchDivergence, DenseSignal, Divergence, Rows, TeacherSignal, TokenKeys, TopKSignal
 
 _TOP_K_TILES = 3
 
@@ -107,9 +108,10 @@ class RowPass:
         """
         on, fallen = token_weights(self.objective, rows.acceptance)
         found = RowResults.of(rows.acceptance)
-        taught = (on != 0) | ((fallen != 0) & self.by_definition)
-        labelled = ~taught & ((fallen != 0) | (self.objective.label_loss_weight > 0))
-        label = self.label_slopes(rows, fallen, found, wanted=out is not None)
+        accepted_labels = on if self.objective.learns_labels else torch.zeros_like(on)
+        taught = (on != accepted_labels) | ((fallen != 0) & self.by_definition)
+        labelled = ~taught & ((accepted_labels != 0) | (fallen != 0) | (self.objective.label_loss_weight > 0))
+        label = self.label_slopes(rows, fallen, found, wanted=out is not None, accepted=accepted_labels)
         first, second = taught.nonzero()[:, 0], labelled.nonzero()[:, 0]
         # Packing rows of one kind never overtakes what is still to be read; of two kinds it would, so each stays in its place.
         packed = not len(second)
@@ -133,19 +135,29 @@ class RowPass:
 
     @cached_property
     def _closed_form(self) -> Entrywise | None:
-        return closed_form(self.objective.divergence)
+        return closed_form(self.objective.token_divergence)
 
     def _slope(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-        return divergence_slope(self.objective.divergence, self._closed_form, log_q, log_p, q, p, wanted)
+        return divergence_slope(self.objective.token_divergence, self._closed_form, log_q, log_p, q, p, wanted)
 
-    def label_slopes(self, rows: JudgedRows, fallen: Tensor, found: RowResults, wanted: bool) -> Tensor | None:
-        """[n] derivative of fallback and label loss for the label's log-probability; None where no row has either."""
+    def label_slopes(
+        self, rows: JudgedRows, fallen: Tensor, found: RowResults, wanted: bool, accepted: Tensor | None = None
+    ) -> Tensor | None:
+        """[n] derivative of fallback and label loss for the label's log-probability; None where no row has either.
+
+        `accepted`: [n], the weight of rows whose divergence is the label's cross-entropy.
+        """
         weight, falls = self.objective.label_loss_weight, fallen.nonzero()[:, 0]
-        if weight == 0 and not len(falls):
+        learns = falls if accepted is None else ((fallen != 0) | (accepted != 0)).nonzero()[:, 0]
+        if weight == 0 and not len(learns):
             return None
-        needed = torch.arange(len(fallen), device=fallen.device) if weight else falls
+        needed = torch.arange(len(fallen), device=fallen.device) if weight else learns
         found.label_log_prob[needed] = rows.student.label_log_probs(needed, rows.labels[needed])
         slopes = torch.full_like(found.label_log_prob, -weight)
+        if accepted is not None:
+            slopes -= accepted
+            own = accepted.nonzero()[:, 0]
+            found.divergence[own] = -found.label_log_prob[own]
         if len(falls) and not self.by_definition:
             with torch.set_grad_enabled(wanted):
                 leaf = found.label_log_prob[falls].requires_grad_(wanted)
@@ -267,6 +279,14 @@ def wants_support(objective: Objective) -> bool:
 
     objective.rejected.fallback(FallbackRows(torch.zeros(1), support, objective.divergence_temperature))
     return bool(asked)
+
+
+def batch_scores(
+    divergence: BatchDivergence, student: DenseSignal, teacher: TeacherSignal, temperature: float
+) -> Iterator[Tensor]:
+    """[n] scores of a chunk for a `BatchDivergence`, in parts: a few rows' log-probabilities at a time."""
+    for some in tiles.row_slices(student.logits):
+        yield divergence.score(*shared_support(student.logits[some], teacher.rows(some), temperature))
 
 
 def _no_support() -> tuple[Tensor, Tensor]:

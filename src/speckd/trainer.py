@@ -53,6 +53,7 @@ from speckd.gathering import gather_by
 from speckd.head import LMHead, check_head
 from speckd.lookahead import Lookahead
 from speckd.metrics import AcceptanceTally, StarvationWatch
+from speckd.moving import Clock, MovingObjective, Seen
 from speckd.objective import Objective
 from speckd.reference_model import reference_source
 from speckd.spans import DATA, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, span
@@ -72,6 +73,10 @@ logger = logging.getLogger(__name__)
 
 #: What belongs to the loss and not to a model's forward.
 _NOT_FOR_THE_MODEL = {"labels", SAMPLE, EXAMPLE, TEACHER}
+
+
+#: Where the Trainer's state keeps what controllers of the objective remember.
+_MEMORIES = "speckd_moving_objective"
 
 
 def load_teacher(name: str, args: SpecKDConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -110,7 +115,7 @@ class SpecKDTrainer(SFTTrainer):
         processing_class: the student's tokenizer.
         teacher_processing_class: the teacher's tokenizer; by default, the one saved with the teacher.
         peft_config, callbacks, optimizers, quantization_config: as of `SFTTrainer`.
-        objective: by default, what `args` describes.
+        objective: by default, what `args` describes; one that moves with the step is given anew to each.
         teacher_source: a teacher that is no model in this process (`speckd.teachers`), in the place of `teacher_model`.
         reference_model: what some gates compare the student with, a model or a path or hub id; by default,
             `args.reference_model_name_or_path`.
@@ -137,13 +142,14 @@ class SpecKDTrainer(SFTTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
-        objective: Objective | None = None,
+        objective: Objective | MovingObjective | None = None,
         teacher_source: TeacherSource | None = None,
         reference_model: str | PreTrainedModel | None = None,
     ) -> None:
         if args is None:
             raise ConfigError("SpecKDTrainer was given no args", "Pass args=SpecKDConfig(output_dir=...)")
-        self.objective = objective or args.objective()
+        self.moving = MovingObjective(objective) if isinstance(objective, Objective) else objective or args.moving_objective()
+        self.objective = self.moving.start
         nobody = teacher_model is None and teacher_source is None and args.teacher != "base"
         if nobody and self.objective.needs_teacher:
             raise ConfigError("no teacher is given", "Set teacher_model_name_or_path, or label_loss_weight: 1 for SFT")
@@ -206,7 +212,7 @@ class SpecKDTrainer(SFTTrainer):
             source.sharing = self._prompt_sharing(source)
         self._tally, self._watch = AcceptanceTally(), StarvationWatch(args.starvation_threshold, args.starvation_patience)
         self._logged_step: int | None = None
-        self._step_sums = torch.zeros(2, dtype=torch.float64)  # of one optimizer step: loss, weight
+        self._step_sums = torch.zeros(4, dtype=torch.float64)  # of one optimizer step: loss, weight, TAR and its sequences
         self._step_losses: list[float] = []  # since the last log
         self._run_loss = [0.0, 0]  # over the whole run: sum of the steps' losses, steps
         self._valid = 0.0
@@ -276,7 +282,8 @@ class SpecKDTrainer(SFTTrainer):
         return shared_vocabulary(self.processing_class, tokenizer, width, theirs)
 
     def _check_capabilities(self, source: TeacherSource) -> None:
-        require_answers(self.objective, source.capabilities, source.vocabulary.size)
+        for objective in self.moving.extremes():
+            require_answers(objective, source.capabilities, source.vocabulary.size)
         if self.args.scrambled_teacher_fraction and source.capabilities.top_k is not None:
             raise CapabilityError(
                 "scrambled_teacher_fraction: only a teacher with its whole vocabulary can be scrambled",
@@ -451,7 +458,8 @@ class SpecKDTrainer(SFTTrainer):
         self.source.expect(self._question(batch, self._rows(batch)))
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The step's micro-batches, and how many supervised tokens they hold on all processes."""
+        """The step's micro-batches, and how many supervised tokens they hold on all processes; the objective moves on."""
+        self._move()
         if self._logged_step is None or self._logged_step > self.state.global_step:
             self._logged_step = self.state.global_step  # where training starts or resumes
         with span(DATA):
@@ -464,6 +472,14 @@ class SpecKDTrainer(SFTTrainer):
             count, losers = self.accelerator.reduce(count, "sum").unbind()
             self._stop_where_lost(lost, int(losers))
             return batches, count
+
+    def _move(self) -> None:
+        """The objective of the step at hand. What controllers remember is in the Trainer's state, and so in its checkpoints."""
+        self.objective = self.moving.at(self._clock, self.state.stateful_callbacks.get(_MEMORIES, {}))
+
+    @property
+    def _clock(self) -> Clock:
+        return Clock(self.state.global_step, self.state.max_steps)
 
     def _settle(self, questions: list[Question]) -> SpeckdError | None:
         """Waits for the teacher before a step; what it raised, for all processes must hear of it."""
@@ -500,10 +516,12 @@ class SpecKDTrainer(SFTTrainer):
         """One micro-batch's share of the step's loss: its sum over the count of the whole step."""
         rows = self._rows(inputs)
         output = self._objective_output(model, inputs, rows)
-        self._tally.add(output)
+        tally = AcceptanceTally()
+        tally.add(output)
+        self._tally.merge(tally.sums)
         count = len(rows) if num_items_in_batch is None else num_items_in_batch
         self._valid = float(count)
-        self._step_sums += torch.stack([output.sum.detach(), output.count]).double().cpu()
+        self._step_sums += torch.cat([torch.stack([output.sum.detach(), output.count]).double().cpu(), tally.sums[0]])
         # DDP averages gradients over processes; the count is already everyone's.
         return output.sum / max(self._valid, 1.0) * self.accelerator.num_processes
 
@@ -566,11 +584,17 @@ class SpecKDTrainer(SFTTrainer):
 
     def _finish_step(self, model: Any) -> None:
         """With normalizer "weight" the count is known only after the last micro-batch: gradients are rescaled to it here."""
-        total, weight = self.accelerator.reduce(self._step_sums.to(self.accelerator.device), "sum").tolist()
+        total, weight, accepted, sequences = self.accelerator.reduce(
+            self._step_sums.to(self.accelerator.device), "sum"
+        ).tolist()
         self._step_sums.zero_()
         count = weight if self.objective.normalizer == "weight" else self._valid
         self._step_losses.append(total / count if count else 0.0)
         self._run_loss = [self._run_loss[0] + self._step_losses[-1], self._run_loss[1] + 1]
+        if self.moving.moved:
+            seen = Seen(self._step_losses[-1], accepted / sequences if sequences else None)
+            known = self.state.stateful_callbacks
+            known[_MEMORIES] = self.moving.remember(self._clock, known.get(_MEMORIES, {}), seen)
         if self.objective.normalizer == "weight" and weight and weight != self._valid:
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -610,7 +634,7 @@ class SpecKDTrainer(SFTTrainer):
         found = AcceptanceTally()
         found.merge(sums)
         metrics = {"loss": sum(losses) / len(losses)} if losses else {}
-        metrics |= found.result()
+        metrics |= found.result() | self.moving.values(self.objective)
         positions = torch.zeros(2, dtype=torch.int64)
         if isinstance(self.source, ModelSource):
             positions, self.source.positions = self.source.positions, positions
@@ -644,6 +668,7 @@ class SpecKDTrainer(SFTTrainer):
             if self.source is not None:
                 require_known_tokens(dataset, self.vocabulary, metric_key_prefix)
         trained_on = self.source.positions.clone() if isinstance(self.source, ModelSource) else None
+        self._move()
         sums, loss = self._held_out(dataset)
         if isinstance(self.source, ModelSource) and trained_on is not None:
             self.source.positions = trained_on  # what is logged is training's

@@ -357,6 +357,33 @@ def needs_reference(gate: object) -> bool:
 Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
+@runtime_checkable
+class BatchDivergence(Protocol):
+    """A divergence with a coefficient that is the whole batch's: as a `BatchGate`, every row is scored before the first is
+    weighed, and `settle` then gives the divergence of this batch. No gradient flows through the scores."""
+
+    def score(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Log-probabilities of one chunk, both [n, S] -> [n] scores."""
+        ...
+
+    def settle(self, scores: Tensor) -> Divergence:
+        """[N] scores of the whole batch, N ≥ 1."""
+        ...
+
+
+@runtime_checkable
+class HasNotation(Protocol):
+    """A part that states its own formula, in the paper's notation: p_t teacher, q_t student, y_t the data's token, at t."""
+
+    @property
+    def notation(self) -> str: ...
+
+
+def notation_of(part: object) -> str:
+    """A part's own formula; a part of somebody else's that states none, by its name or as it shows itself."""
+    return part.notation if isinstance(part, HasNotation) else str(getattr(part, "__name__", repr(part)))
+
+
 class TeacherRows(Protocol):
     """A teacher's answer for one batch, handed out chunk by chunk so that [N, V] is never held."""
 

@@ -13,6 +13,7 @@ from speckd.divergences import (
     AdaptiveKL,
     AlphaBeta,
     GeneralizedJSD,
+    LabelNLL,
     SkewedForwardKL,
     SkewedReverseKL,
     forward_kl,
@@ -29,15 +30,19 @@ from speckd.gates import (
     NoGate,
     Random,
     Spec,
+    Threshold,
     TopK,
     TwoSided,
 )
+from speckd.lk_losses import LKAlpha, LKHybrid
 from speckd.objective import token_terms
 from speckd.policies import DownWeight, Label, Mask, Residual
 from speckd.randomness import uniforms
+from speckd.support import shared_support
+from speckd.taid import TAID
 from speckd.teachers import DenseTeacher, TopKTeacher
 from speckd.tokens import SupervisedRows
-from speckd.types import BatchGate, Rows, TokenKeys
+from speckd.types import BatchDivergence, BatchGate, Rows, TokenKeys
 from tests.parity import oracle
 
 K = 3
@@ -47,6 +52,7 @@ GATES: dict[str, Any] = {
     "spec": Spec(K, allow_lower_bound=True),
     "expected_spec": ExpectedSpec(K, allow_lower_bound=True),
     "two_sided": TwoSided(K),
+    "threshold": Threshold(0.1, allow_lower_bound=True),
     "label_in_top_k": LabelInTopK(K),
     "label_ratio": LabelRatio(),
     "label_ratio_hard": LabelRatio(hard=True),
@@ -65,7 +71,11 @@ DIVERGENCES: dict[str, Any] = {
     "alpha_beta": AlphaBeta(0.2, 0.7),
     "adaptive_kl": AdaptiveKL(0.5),
     "todi": todi,
+    "taid": TAID(0.4),
+    "lk_alpha": LKAlpha(),
 }
+#: No functions of two distributions: one has the batch's coefficient, the other asks for the label.
+OF_BATCH_OR_LABEL: dict[str, Any] = {"lk_hybrid": LKHybrid(3.0), "label_nll": LabelNLL()}
 TEACHERS: dict[str, int | None] = {"dense": None, "top-K": 6}
 EXECUTIONS: dict[str, int | None] = {"whole": None, "chunks of 4": 4, "chunks of 1": 1}
 
@@ -105,7 +115,7 @@ def objective(chosen: oracle.Setting) -> Objective:
     return Objective(
         GATES[chosen.gate],
         POLICIES[chosen.rejected],
-        DIVERGENCES[chosen.divergence],
+        {**DIVERGENCES, **OF_BATCH_OR_LABEL}[chosen.divergence],
         chosen.normalizer,  # type: ignore[arg-type]
         chosen.label_loss_weight,
         chosen.temperature,
@@ -143,6 +153,9 @@ def by_package(given: Problem, chosen: oracle.Setting, top: int | None, chunk: i
             judged = Rows(rows.student_logits.detach(), rows.teacher, rows.labels, rows.keys)
             gate = wanted.gate
             accepted = gate.select(gate.score(judged), rows.keys) if isinstance(gate, BatchGate) else gate(judged)
+            if isinstance(wanted.divergence, BatchDivergence):
+                support = shared_support(judged.student_logits, judged.teacher, wanted.divergence_temperature)
+                wanted = wanted.settled(wanted.divergence.score(*support))
         terms = token_terms(wanted, rows, accepted)
         total = terms.loss.sum()
         count = terms.weight.sum() if wanted.normalizer == "weight" else torch.tensor(len(given.rows))

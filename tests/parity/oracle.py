@@ -51,6 +51,8 @@ def accepts(gate: str, p: LIST, q: LIST, label: int, label_p: float, setting: Se
         return float(in_top(p, proposal, k))
     if gate == "two_sided":
         return float(in_top(p, proposal, k) or in_top(p, label, k))
+    if gate == "threshold":
+        return float(p[proposal] >= 0.1)
     if gate == "label_in_top_k":
         return float(in_top(p, label, k))
     if gate == "label_ratio":
@@ -84,7 +86,20 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
     return sum((a[v] * torch.log(a[v] / b[v]) for v in range(len(a)) if a[v] > 0), torch.zeros((), dtype=torch.float64))
 
 
-def diverges(name: str, p: Tensor, q: Tensor) -> Tensor:
+def overlap(p: Tensor, q: Tensor) -> Tensor:
+    return sum((p[v] if bool(p[v] < q[v]) else q[v] for v in range(len(p))), torch.zeros((), dtype=torch.float64))
+
+
+def diverges(name: str, p: Tensor, q: Tensor, mean_overlap: float) -> Tensor:
+    """`mean_overlap`: Σ min(p, q), meant over the batch."""
+    if name == "taid":  # softmax(0.6·z_q + 0.4·z_p) in probabilities: q^0.6·p^0.4, normalised
+        mixed = q.detach() ** 0.6 * p**0.4
+        return kl(mixed / mixed.sum(), q)
+    if name == "lk_alpha":
+        return -torch.log(overlap(p, q))
+    if name == "lk_hybrid":
+        share = math.exp(-3 * mean_overlap)
+        return share * kl(p, q) + (1 - share) * diverges("total_variation", p, q, mean_overlap)
     if name == "forward_kl":
         return kl(p, q)
     if name == "reverse_kl":
@@ -154,24 +169,30 @@ def loss(
         mean = sum(accepted) / len(accepted)
         accepted = [float(setting.coins[i] < mean) for i in range(len(accepted))]
     total, count = torch.zeros((), dtype=torch.float64), 0.0
-    for i, (_, q, ids, _) in enumerate(rows):
-        own, weight = _token(student_logits[i], teacher_logits[i], q[labels[i]], accepted[i], setting, ids if top else None)
+    sides = [_sides(student_logits[i], teacher_logits[i], setting, rows[i][2] if top else None) for i in range(len(labels))]
+    mean_overlap = sum(float(overlap(p, q.detach())) for p, q in sides) / max(len(sides), 1)
+    for i, (_, q, _, _) in enumerate(rows):
+        own, weight = _token(*sides[i], q[labels[i]], accepted[i], setting, mean_overlap)
         total = total + own
         count += weight if setting.normalizer == "weight" else 1.0
     return total, count
 
 
+def _sides(student: Tensor, teacher: Tensor, setting: Setting, ids: list[int] | None) -> tuple[Tensor, Tensor]:
+    p, q = softmax(teacher, setting.temperature), softmax(student, setting.temperature)
+    return (p, q) if ids is None else bucketed(p, q, ids)
+
+
 def _token(
-    student: Tensor, teacher: Tensor, label_q: Tensor, accepted: float, setting: Setting, ids: list[int] | None
+    p: Tensor, q: Tensor, label_q: Tensor, accepted: float, setting: Setting, mean_overlap: float
 ) -> tuple[Tensor, float]:
     squared, mixed = setting.temperature**2, setting.label_loss_weight
-    p, q = softmax(teacher, setting.temperature), softmax(student, setting.temperature)
-    if ids is not None:
-        p, q = bucketed(p, q, ids)
     on = setting.beta + (1 - setting.beta) * accepted if setting.rejected == "down_weight" else accepted
     value, weight = torch.zeros((), dtype=torch.float64), on
-    if on > 0:
-        value = value + on * squared * diverges(setting.divergence, p, q)
+    if on > 0 and setting.divergence == "label_nll":
+        value = value - on * torch.log(label_q)
+    elif on > 0:
+        value = value + on * squared * diverges(setting.divergence, p, q, mean_overlap)
     if setting.rejected == "label":
         value, weight = value - (1 - accepted) * torch.log(label_q), 1.0
     if setting.rejected == "residual":

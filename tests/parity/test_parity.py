@@ -48,6 +48,18 @@ def test_temperature_label_share_and_normalizer(divergence: str, rejected: str) 
         require_parity(given, setting(given, "label_ratio", rejected, divergence, **more), TEACHERS["top-K"])
 
 
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("rejected", cases.POLICIES)
+def test_a_batchs_coefficient_and_a_gated_label(rejected: str, teacher: str) -> None:
+    given = problem(seed=6)
+    for divergence in cases.OF_BATCH_OR_LABEL:
+        for gate in ("none", "top_k", "label_ratio", "matched_random"):
+            require_parity(given, setting(given, gate, rejected, divergence), TEACHERS[teacher])
+        more = {"label_loss_weight": 0.3, "normalizer": "weight"}
+        require_parity(given, setting(given, "label_ratio", rejected, divergence, **more), TEACHERS[teacher])
+    require_parity(given, setting(given, "top_k", rejected, "lk_hybrid", temperature=2.5), None)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_other_batches(seed: int) -> None:
     given = problem(seed=10 + seed, tokens=1 + 3 * seed, vocabulary=8 + 5 * seed, sharpness=0.3 + seed)

@@ -41,7 +41,7 @@ def _works(device: torch.device) -> bool:
 
 def usable(objective: Objective, logits: Tensor, by_definition: bool) -> bool:
     """Can `KernelPass` stand in for `RowPass` on a student's logits like these, [N, V]?"""
-    divergence = objective.divergence
+    divergence = objective.divergence  # settled, or the label's cross-entropy, which has no entries
     if logits.dtype != torch.float32 or by_definition or not isinstance(divergence, HasEntries) or not available(logits):
         return False
     from speckd.kernels.programs import translatable

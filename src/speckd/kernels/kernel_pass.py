@@ -131,7 +131,7 @@ class _Chunk:
         The tail shares its slope in proportion to q, so a row is read twice: to add up q there, and to scale it.
         """
         signal, own, places = teacher.rows(index), self.student.statistics, index[:, None]
-        ids, divergence = signal.token_ids, self.row_pass.objective.divergence
+        ids, divergence = signal.token_ids, self.row_pass.objective.token_divergence
         log_p = teacher_support(signal, self.width, self.row_pass.objective.divergence_temperature).float()
         inside, label_logits = self.logits[places, ids], self.logits[index, self.rows.labels[index]]
         self.logits[places, ids] = -torch.inf  # struck, so that the tail is the sum of the row
