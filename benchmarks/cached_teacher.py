@@ -23,7 +23,7 @@ from measure import markdown, ratio, spread, write
 from speckd.arguments import SpecKDConfig
 from speckd.capture import Answers, cut_into_shards
 from speckd.compatibility import SharedVocabulary
-from speckd.settings import recipe_text
+from speckd.recipe_book import recipe_text
 from speckd.teachers.cached import CachedSource
 from speckd.teachers.layout import Compression, Kind, Layout
 from speckd.teachers.record import sequence_key

@@ -43,7 +43,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from speckd.arguments import SpecKDConfig
-from speckd.settings import recipe_text
+from speckd.recipe_book import recipe_text
 from speckd.trainer import SpecKDTrainer
 
 RESULTS = Path(__file__).parent / "results"

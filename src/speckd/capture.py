@@ -58,7 +58,8 @@ def _fill(folder: Path, settings: Settings, trainer: SpecKDTrainer) -> None:
     if trainer.source is None:
         raise ConfigError("teacher_model_name_or_path is not set: there is no teacher to cache", "Give a path or hub id")
     layout = layout_of(settings, trainer.vocabulary)
-    require_answers(trainer.objective, layout.capabilities, layout.vocabulary_size)  # the run that uses it will ask the same
+    for objective in trainer.moving.extremes():  # the run that uses it will ask the same
+        require_answers(objective, layout.capabilities, layout.vocabulary_size)
     wanted = trainer.sequences()
     shards = cut_into_shards(wanted, layout)
     _announce(wanted, layout, len(shards), folder)

@@ -276,13 +276,17 @@ def require_template(settings: Settings, own: PreTrainedTokenizerBase, conversat
 
 def require_k_below(settings: Settings, tokens: int) -> None:
     """Refuses a rank among the whole vocabulary or more."""
-    gate: Any = settings.training.objective().gate
-    gate = gate.gate if isinstance(gate, (Inverted, MatchedRandom)) else gate
-    if isinstance(gate, (TopK, TwoSided, LabelInTopK)) and gate.verify_top_k >= tokens:
-        raise ConfigError(
-            f"gate_options: verify_top_k is {gate.verify_top_k}, but the vocabulary has {tokens} tokens: nothing is rejected",
-            "Lower it, or --recipe ungated",
-        )
+    moving = settings.training.moving_objective()
+    aims = [moving.start] if settings.training.gate_controller else moving.extremes()  # a controller's bound is no aim
+    for objective in aims:
+        gate: Any = objective.gate
+        gate = gate.gate if isinstance(gate, (Inverted, MatchedRandom)) else gate
+        if isinstance(gate, (TopK, TwoSided, LabelInTopK)) and gate.verify_top_k >= tokens:
+            raise ConfigError(
+                f"gate_options: verify_top_k is {gate.verify_top_k}, but the vocabulary has {tokens} tokens: nothing is "
+                "rejected",
+                "Lower it, or --recipe ungated",
+            )
 
 
 def _tokenizer(key: str, name: str, revision: str, settings: Settings) -> PreTrainedTokenizerBase:

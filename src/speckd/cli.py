@@ -42,7 +42,7 @@ def common(
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="A flat YAML file of settings, in TRL's names.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A shipped method: 'speckd recipes' lists them.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped method, or several, a+b: 'speckd recipes'.")] = None,
 ) -> None:
     """Distil a teacher into a student: --config run.yaml, and any setting as a flag."""
     _say_to_people()
@@ -55,7 +55,7 @@ def train(
 def profile(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="A flat YAML file of settings, in TRL's names.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A shipped method: 'speckd recipes' lists them.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped method, or several, a+b: 'speckd recipes'.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps that are measured, after two to warm up.")] = 5,
 ) -> None:
     """Where the time of a training step goes: with all that 'speckd train' takes, and nothing is kept."""
@@ -69,7 +69,7 @@ def profile(
 def cache(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="The file of the run that will use the cache.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A shipped method: 'speckd recipes' lists them.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped method, or several, a+b: 'speckd recipes'.")] = None,
 ) -> None:
     """Keep the teacher's answers for a run on disk: the run then needs no teacher ('teacher: cache')."""
     _say_to_people()
@@ -82,7 +82,7 @@ def cache(
 def doctor(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="A flat YAML file of settings, in TRL's names.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A shipped method: 'speckd recipes' lists them.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped method, or several, a+b: 'speckd recipes'.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     thorough: Annotated[bool, typer.Option("--thorough", help="Read every byte of a cache, however large.")] = False,
 ) -> None:
@@ -111,12 +111,13 @@ def quickstart(
 
 @app.command()
 def recipes() -> None:
-    """List the shipped methods."""
-    from speckd.settings import DEFAULT_RECIPE, recipe_names, recipe_text
+    """List the shipped methods. Joined by '+', the later is laid over the earlier: --recipe abkd+speckd."""
+    from speckd.recipe_book import DEFAULT_RECIPE, recipe_names, recipe_text
 
     for name in recipe_names():
         mark = " (default)" if name == DEFAULT_RECIPE else ""
         typer.echo(f"{name}{mark}: {recipe_text(name).splitlines()[0].removeprefix('# ')}")
+    typer.echo("Joined by '+', the later is laid over the earlier: --recipe abkd+speckd is ABKD with the paper's gate.")
 
 
 @app.command()

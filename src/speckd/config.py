@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -88,7 +88,7 @@ class MethodConfig:
     label_loss_weight: float = field(default=0.0, metadata={"help": "share of plain cross-entropy; 1 is SFT"})
 
     def objective(self) -> Objective:
-        return Objective(
+        found = Objective(
             gate=_gate(self.gate, mapping("gate_options", self.gate_options)),
             rejected=_build("rejected", REJECTED, self.rejected, "rejected_options", self.rejected_options),
             divergence=_build("divergence", DIVERGENCES, self.divergence, "divergence_options", self.divergence_options),
@@ -96,6 +96,9 @@ class MethodConfig:
             label_loss_weight=self.label_loss_weight,
             divergence_temperature=self.divergence_temperature,
         )
+        if found.learns_labels and isinstance(found.gate, gates.NoGate):
+            return replace(found, label_loss_weight=1.0)  # cross-entropy everywhere, for which nobody asks a teacher
+        return found
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -111,9 +111,10 @@ class MovingObjective:
 
     def __post_init__(self) -> None:
         for objective in self.extremes():  # parts refuse what they cannot be, at once
-            if self.start.needs_teacher and not objective.needs_teacher:
+            if self.start.needs_teacher != objective.needs_teacher:
                 raise ConfigError(
-                    "label_loss_weight moves to 1, where no teacher is asked", "Stop below 1, at 0.99 for example"
+                    "label_loss_weight moves between 1, where no teacher is asked, and less",
+                    "Stay below 1, at 0.99 for example",
                 )
 
     def at(self, clock: Clock, memories: Memories) -> Objective:

@@ -31,7 +31,8 @@ from speckd.data import is_conversational, load_data
 from speckd.errors import ConfigError, TeacherLostError
 from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
-from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings, student_options
+from speckd.recipe_book import DEFAULT_RECIPE
+from speckd.settings import METHOD_KEYS, Settings, load_settings, student_options
 from speckd.teacher_sources import remember_servers, require_ready, source_elsewhere, source_named
 from speckd.teachers.sharding import size as parameter_size
 from speckd.trainer import SpecKDTrainer, load_teacher

@@ -7,7 +7,6 @@ import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,11 +15,11 @@ from transformers import HfArgumentParser
 from trl import ModelConfig, get_quantization_config
 
 from speckd.arguments import SpecKDConfig
-from speckd.config import nearest
 from speckd.errors import ConfigError
+from speckd.recipe_book import DEFAULT_RECIPE, recipe_settings, spoken_of
 
-DEFAULT_RECIPE = "label-ratio"
-_CHOSEN_BY_RECIPES = {"gate", "gate_options", "rejected", "rejected_options", "label_loss_weight"}
+#: Of a file, what a recipe among the flags replaces even where it does not speak of it.
+_CHOSEN_BY_RECIPES = spoken_of(("gate", "rejected", "label_loss_weight"))
 METHOD_KEYS = {"gate", "rejected", "divergence", "label_loss_weight"}
 _ANY_SEED = (0, 2**32 - 1)
 #: Numbers that Transformers, TRL or PEFT take unseen, and that would train nothing or end in a traceback: lowest, highest.
@@ -86,18 +85,6 @@ def student_options(settings: Settings) -> dict[str, Any]:
     return {**options, **(settings.training.model_init_kwargs or {})}
 
 
-def recipe_names() -> list[str]:
-    return sorted(
-        path.name.removesuffix(".yaml") for path in files("speckd").joinpath("recipes").iterdir() if path.name.endswith(".yaml")
-    )
-
-
-def recipe_text(name: str) -> str:
-    if name not in recipe_names():
-        raise ConfigError(f"recipe: there is no recipe '{name}'", nearest(str(name), recipe_names()))
-    return files("speckd").joinpath("recipes", f"{name}.yaml").read_text()
-
-
 def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> Settings:
     """Merges recipe < file < flags and builds the typed settings; a recipe among the flags replaces the file's method.
 
@@ -108,12 +95,15 @@ def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> 
     from_flags = _read_flags(flags)
     in_file, in_flags = from_file.pop("recipe", None), from_flags.pop("recipe", None)
     chosen = recipe or in_flags or in_file
-    if recipe or in_flags:
-        from_file = {key: value for key, value in from_file.items() if key not in _CHOSEN_BY_RECIPES}
     if chosen is None and not METHOD_KEYS & (from_file.keys() | from_flags.keys()):
         chosen = DEFAULT_RECIPE
-    sources = [(f"recipe {chosen}", yaml.safe_load(recipe_text(chosen)) if chosen else {})]
-    sources += [(str(config), from_file), ("the command line", from_flags)]
+    of_recipe = recipe_settings(chosen) if chosen else {}
+    if recipe or in_flags:
+        replaced = _CHOSEN_BY_RECIPES | spoken_of(of_recipe)
+        from_file = {key: value for key, value in from_file.items() if key not in replaced}
+    by_user = spoken_of(from_file | from_flags)
+    of_recipe = {key: value for key, value in of_recipe.items() if key not in by_user}
+    sources = [(f"recipe {chosen}", of_recipe), (str(config), from_file), ("the command line", from_flags)]
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, values in sources:

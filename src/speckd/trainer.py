@@ -149,7 +149,7 @@ class SpecKDTrainer(SFTTrainer):
         if args is None:
             raise ConfigError("SpecKDTrainer was given no args", "Pass args=SpecKDConfig(output_dir=...)")
         self.moving = MovingObjective(objective) if isinstance(objective, Objective) else objective or args.moving_objective()
-        self.objective = self.moving.start
+        self.objective = self.moving.at(Clock(0, 0), {})
         nobody = teacher_model is None and teacher_source is None and args.teacher != "base"
         if nobody and self.objective.needs_teacher:
             raise ConfigError("no teacher is given", "Set teacher_model_name_or_path, or label_loss_weight: 1 for SFT")

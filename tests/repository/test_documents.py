@@ -67,7 +67,7 @@ def test_the_yaml_in_the_readme_is_understood(tmp_path: Path) -> None:
 
 
 def test_the_recipes_in_the_readme_are_those_shipped() -> None:
-    from speckd.settings import DEFAULT_RECIPE
+    from speckd.recipe_book import DEFAULT_RECIPE
 
     shipped = {p.stem for p in (PACKAGE / "recipes").glob("*.yaml")}
     assert set(first_column("README.md", "recipe")) == shipped

@@ -12,27 +12,32 @@ from speckd.cli import main
 from speckd.config import DIVERGENCES, GATES, REJECTED
 from speckd.errors import SpeckdError
 from speckd.metrics import AcceptanceTally, StarvationWatch
-from speckd.settings import RunArguments, load_settings, recipe_names
+from speckd.recipe_book import recipe_names
+from speckd.settings import RunArguments, load_settings
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_names_are_frozen() -> None:
-    assert recipe_names() == ["label-ratio", "paper-v1", "paper-v2-spec", "paper-v2-top-k", "sft", "top-k-label", "ungated"]
+    assert recipe_names() == (
+        "abkd akl distillspec jsd kd label-ratio lk-alpha lk-hybrid paper-v1 paper-v2-spec paper-v2-top-k reverse-kl seqkd sft "
+        "speckd taid todi top-k-label total-variation ungated".split()
+    )
     assert sorted(GATES) == (
         "entropy_gap entropy_weight excess_divergence excess_label_loss expected_spec hellinger inverted label_in_top_k "
-        "label_ratio label_uncertainty matched_random none random spec student_entropy teachability teacher_entropy tip top_k "
+        "label_ratio label_uncertainty matched_random none random spec student_entropy teachability teacher_entropy threshold tip top_k "
         "total_variation two_sided".split()
     )
     assert sorted(REJECTED) == ["down_weight", "label", "mask", "residual"]
     assert sorted(DIVERGENCES) == (
-        "adaptive_kl alpha_beta forward_kl generalized_jsd reverse_kl skewed_forward_kl skewed_reverse_kl todi "
-        "total_variation".split()
+        "adaptive_kl alpha_beta forward_kl generalized_jsd label_nll lk_alpha lk_hybrid reverse_kl skewed_forward_kl "
+        "skewed_reverse_kl taid todi total_variation".split()
     )
     own = {f.name for f in dataclasses.fields(SpecKDConfig)} - {f.name for f in dataclasses.fields(SFTConfig)}
     assert own == set(
         "gate gate_options rejected rejected_options divergence divergence_options divergence_temperature normalizer "
-        "label_loss_weight teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs "
+        "label_loss_weight gate_schedule rejected_schedule divergence_schedule objective_schedule gate_controller "
+        "divergence_controller teacher_model_name_or_path teacher_model_revision teacher_model_init_kwargs "
         "teacher teachers teacher_route_column teacher_mixture teacher_sharding reference_model_name_or_path "
         "teacher_top_k teacher_cache_dir teacher_cache_kind teacher_cache_samples teacher_cache_bits teacher_cache_compression "
         "teacher_server_urls teacher_server_api teacher_server_model teacher_server_concurrency teacher_server_tokens "
@@ -59,6 +64,19 @@ def test_recipes_are_what_they_say(tmp_path) -> None:
         "sft": ("none", "mask", "forward_kl", "valid", 1.0),
         "top-k-label": ("top_k", "label", "forward_kl", "valid", 0.0),
         "ungated": ("none", "mask", "forward_kl", "valid", 0.0),
+        "abkd": ("none", "mask", "alpha_beta", "valid", 0.0),
+        "akl": ("none", "mask", "adaptive_kl", "valid", 0.0),
+        "distillspec": ("none", "mask", "total_variation", "valid", 0.0),
+        "jsd": ("none", "mask", "generalized_jsd", "valid", 0.0),
+        "kd": ("none", "mask", "forward_kl", "valid", 0.0),
+        "lk-alpha": ("none", "mask", "lk_alpha", "valid", 0.0),
+        "lk-hybrid": ("none", "mask", "lk_hybrid", "valid", 0.0),
+        "reverse-kl": ("none", "mask", "reverse_kl", "valid", 0.0),
+        "seqkd": ("none", "mask", "label_nll", "valid", 0.0),
+        "taid": ("none", "mask", "taid", "valid", 0.0),
+        "todi": ("none", "mask", "todi", "valid", 0.0),
+        "total-variation": ("none", "mask", "total_variation", "valid", 0.0),
+        "speckd": ("top_k", "down_weight", "forward_kl", "valid", 0.0),
     }
     assert load_settings(None, None, ["--output_dir", str(tmp_path)]).recipe == "label-ratio"
     assert load_settings(None, None, ["--output_dir", str(tmp_path), "--gate", "spec"]).recipe is None

@@ -244,7 +244,8 @@ def cache_to_be(settings: Settings, own: Any) -> Examination[None]:
     if named is None or args.teacher_model_name_or_path is None or (Path(named) / MANIFEST).is_file():
         return
     layout = layout_of(settings, SharedVocabulary(len(own)))
-    require_answers(args.objective(), layout.capabilities, layout.vocabulary_size)
+    for objective in args.moving_objective().extremes():
+        require_answers(objective, layout.capabilities, layout.vocabulary_size)
     kept = f"{layout.kind} of {layout.width:,}, {layout.precision} bits"
     yield ok(About.ELSEWHERE, f"what 'speckd cache' will keep ({kept}) answers what gate and divergence ask")
 
