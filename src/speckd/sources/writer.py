@@ -1,4 +1,4 @@
-"""Who writes completions: the student, the teacher, both in turn, or a server. A writer knows no loss, no gate and no trainer."""
+"""Who writes completions: the student, the teacher, both in turn, or a server. A writer knows no loss, gate or trainer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +31,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Draws:
-    """Which uniforms a completion is written with: a function of who asks, so that batch, order, processes and resumption do not
-    matter. `turn`: how often this sample has been written for before (the epoch, or the optimizer step)."""
+    """Which uniforms a completion is written with: a function of who asks, so that batch, order and resumption do not matter.
+
+    `turn`: how often this sample has been written for before (the epoch, or the optimizer step)."""
 
     seed: int
     turn: int
@@ -63,8 +64,7 @@ class Writer(Protocol):
     """Continues prompts."""
 
     def write(self, prompts: Sequence[Prompt], sampling: Sampling, draws: Draws) -> list[Completion]:
-        """One completion for each prompt, in their order; the same for the same prompt, draws and weights, whatever else is
-        in the call.
+        """One completion a prompt, in their order; the same for a prompt, draws and weights, whatever else is in the call.
 
         Raises:
             SpeckdError: it cannot.
