@@ -26,8 +26,8 @@ def test_names_are_frozen() -> None:
     )
     assert sorted(REJECTED) == ["down_weight", "label", "mask", "residual"]
     assert sorted(DIVERGENCES) == (
-        "adaptive_kl alpha_beta forward_kl generalized_jsd reverse_kl skewed_forward_kl skewed_reverse_kl todi "
-        "total_variation".split()
+        "adaptive_kl adaptive_teaching alpha_beta forward_kl generalized_jsd reverse_kl skewed_forward_kl skewed_reverse_kl "
+        "todi token_temperature total_variation".split()
     )
     own = {f.name for f in dataclasses.fields(SpecKDConfig)} - {f.name for f in dataclasses.fields(SFTConfig)}
     assert own == set(
