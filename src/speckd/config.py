@@ -6,9 +6,20 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from speckd import divergences, entropy_gates, gates, lk_losses, policies, ranked_gates, taid
+from speckd import (
+    adaptive_teaching,
+    divergences,
+    entropy_gates,
+    gates,
+    lk_losses,
+    policies,
+    ranked_gates,
+    taid,
+    token_temperature,
+)
 from speckd.errors import ConfigError
 from speckd.objective import Normalizer, Objective
+from speckd.types import BatchDivergence
 
 #: What a user may write -> what builds it. Adding one: write it in its module, name it here.
 GATES: Mapping[str, Callable[..., Any]] = {
@@ -55,6 +66,8 @@ DIVERGENCES: Mapping[str, Callable[..., Any]] = {
     "lk_alpha": lk_losses.LKAlpha,
     "lk_hybrid": lk_losses.LKHybrid,
     "label_nll": divergences.LabelNLL,
+    "adaptive_teaching": adaptive_teaching.AdaptiveTeaching,
+    "token_temperature": token_temperature.TokenTemperature,
 }
 
 #: What the fields of gates, policies and divergences may be, in words and for isinstance.
@@ -91,7 +104,7 @@ class MethodConfig:
         found = Objective(
             gate=_gate(self.gate, mapping("gate_options", self.gate_options)),
             rejected=_build("rejected", REJECTED, self.rejected, "rejected_options", self.rejected_options),
-            divergence=_build("divergence", DIVERGENCES, self.divergence, "divergence_options", self.divergence_options),
+            divergence=_divergence(self.divergence, mapping("divergence_options", self.divergence_options)),
             normalizer=self.normalizer,
             label_loss_weight=self.label_loss_weight,
             divergence_temperature=self.divergence_temperature,
@@ -112,6 +125,18 @@ def _gate(name: str, options: dict[str, Any]) -> Any:
         inner = _gate(options["gate"], {key: value for key, value in options.items() if key != "gate"})
         return GATES[name](inner)
     return _build("gate", GATES, name, "gate_options", options)
+
+
+def _divergence(name: str, options: dict[str, Any]) -> Any:
+    if name == "token_temperature" and isinstance(options.get("divergence"), str):
+        inner = _divergence(options["divergence"], {})
+        if isinstance(inner, (BatchDivergence, divergences.LabelNLL)):
+            raise ConfigError(
+                f"divergence_options: {options['divergence']} is no divergence of tokens one by one", "Name forward_kl or such"
+            )
+        rest = {key: value for key, value in options.items() if key != "divergence"}
+        return replace(_build("divergence", DIVERGENCES, name, "divergence_options", rest), divergence=inner)
+    return _build("divergence", DIVERGENCES, name, "divergence_options", options)
 
 
 def _build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_key: str, options: Options | None) -> Any:

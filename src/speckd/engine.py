@@ -313,11 +313,12 @@ class _Batch:
             some = slice(start, min(len(self.rows), start + step))
             part = self.rows.rows(some)
             student, teacher = self._student(some, 0), self._teacher(some, part.index)
+            self.objective.require_support(teacher, student.logits.shape[-1])
             if isinstance(gate, BatchGate):
                 reference = self._reference(part, self.student_space[len(part) :])
                 scores.append(gate.score(Rows.of(student, teacher, part.labels, part.keys, reference)))
             if isinstance(divergence, BatchDivergence):
-                distances += batch_scores(divergence, student, teacher, temperature)
+                distances += batch_scores(divergence, student, teacher, part.labels, temperature)
         self.largest.require_finite_logits(self.rows.keys)  # NaN has no rank
         if settles:
             every, _ = everybody(self._joined(distances), self.gather)

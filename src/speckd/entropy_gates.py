@@ -5,6 +5,7 @@ The methods' own extra parts (EA-KD's other losses; TSD-KD's preference ranking,
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class EntropyWeight:
     with `valid` it is a smaller step. The authors' code takes the entropies at a temperature of 3; here it is 1.
     """
 
+    notation: ClassVar[str] = "(h_p + h_p·h_q)/2, h = H/log V"
+
     def __call__(self, rows: Rows) -> Tensor:
         teacher, student = _entropies(rows, "entropy_weight")
         largest = math.log(max(rows.student_logits.shape[-1], 2))
@@ -33,6 +36,8 @@ class EntropyGap:
 
     The paper goes with `divergence: generalized_jsd`.
     """
+
+    notation: ClassVar[str] = "σ(H(q_t) − H(p_t))"
 
     def __call__(self, rows: Rows) -> Tensor:
         teacher, student = _entropies(rows, "entropy_gap")

@@ -53,8 +53,8 @@ def _kl_with_total_variation_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: fl
 class LKHybrid:
     """λ·KL(p ‖ q) + (1 − λ)·TV(p, q), λ = exp(−η·ᾱ), ᾱ the batch's mean α, constant (2602.23881, η = 3): a `BatchDivergence`.
 
-    From KL, where hardly anything is accepted, to total variation. The batch is one forward's supervised tokens (a micro-batch
-    of one process), rejected ones included: ᾱ says how far the student is, whatever it is taught.
+    From KL, where hardly anything is accepted, to total variation. The batch is one forward's supervised tokens on all
+    processes, rejected ones included: ᾱ says how far the student is, whatever it is taught.
     """
 
     eta: float = 3.0
@@ -67,7 +67,7 @@ class LKHybrid:
     def notation(self) -> str:
         return f"λ·KL(p_t ‖ q_t) + (1 − λ)·TV(p_t, q_t), λ = exp(−{self.eta:g}·mean_t Σ_v min(p_t, q_t))"
 
-    def score(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def score(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return acceptance_rate(student, teacher)
 
     def settle(self, scores: Tensor) -> KLWithTotalVariation:

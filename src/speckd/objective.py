@@ -11,8 +11,17 @@ from speckd.divergences import LabelNLL, forward_kl
 from speckd.errors import ConfigError, NonFiniteError
 from speckd.gates import AnyGate, LabelRatio
 from speckd.policies import FallbackRows, Label, RejectedPolicy
-from speckd.support import log_softmax, shared_support
-from speckd.types import BatchDivergence, Divergence, Rows, TokenKeys, needs_reference
+from speckd.support import label_places, log_softmax, shared_support
+from speckd.types import (
+    BatchDivergence,
+    Divergence,
+    NeedsWholeTeacher,
+    Rows,
+    TeacherSignal,
+    TokenKeys,
+    at_labels,
+    needs_reference,
+)
 
 Normalizer = Literal["valid", "weight"]
 
@@ -73,6 +82,12 @@ class Objective:
             raise TypeError(f"{self.divergence!r} is no divergence of rows one by one: settle it, or ask learns_labels")
         return self.divergence
 
+    def require_support(self, teacher: TeacherSignal, vocabulary_size: int) -> None:
+        """Refuses a truncated teacher where the divergence cannot do with a tail."""
+        if isinstance(self.divergence, NeedsWholeTeacher) and self.divergence.needs_whole_teacher:
+            why = f"{type(self.divergence).__name__} needs the whole of the teacher's distribution"
+            teacher.require_whole(vocabulary_size, why, "Use a teacher that gives the whole vocabulary, or another divergence")
+
     def settled(self, scores: Tensor) -> "Objective":
         """With the divergence that a `BatchDivergence` settles on; `scores`: [N], of the whole batch."""
         assert isinstance(self.divergence, BatchDivergence)
@@ -119,7 +134,8 @@ def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTe
         if objective.learns_labels:
             per_token = -label_log_prob[weighed]
         else:
-            divergence_of = objective.token_divergence
+            places = label_places(rows.teacher.rows(weighed), rows.labels[weighed])
+            divergence_of = at_labels(objective.token_divergence, places)
             per_token = (temperature**2 * divergence_of(*_on_support(rows, weighed, temperature))).to(loss.dtype)
         loss = loss.index_add(0, weighed, share * on[weighed] * per_token)
         divergence = divergence.index_copy(0, weighed, per_token.detach())

@@ -47,6 +47,11 @@ def _require_fraction(fraction: float) -> None:
         raise ConfigError(f"fraction is {fraction}", "Use a fraction of the tokens above 0 and at most 1")
 
 
+def _ranked(score: str, fraction: float, lowest: bool = False, per_sequence: bool = False) -> str:
+    end, scope = "lowest" if lowest else "highest", "sequence" if per_sequence else "batch"
+    return f"1[{score} is among the {end} {fraction:.3g} of its {scope}]"
+
+
 def _teacher(rows: Rows, gate: str) -> DenseSignal:
     return whole(rows.teacher, rows.student_logits.shape[-1], f"{gate} needs the whole of the teacher's distribution")
 
@@ -68,6 +73,10 @@ class StudentEntropy:
     def __post_init__(self) -> None:
         _require_fraction(self.fraction)
 
+    @property
+    def notation(self) -> str:
+        return _ranked("H(q_t)", self.fraction, self.lowest, self.per_sequence)
+
     def score(self, rows: Rows) -> Tensor:
         return rows.student.entropy()
 
@@ -86,6 +95,10 @@ class TeacherEntropy:
     def __post_init__(self) -> None:
         _require_fraction(self.fraction)
 
+    @property
+    def notation(self) -> str:
+        return _ranked("H(p_t)", self.fraction, self.lowest, self.per_sequence)
+
     def score(self, rows: Rows) -> Tensor:
         return _teacher(rows, "teacher_entropy").entropy()
 
@@ -103,6 +116,10 @@ class TotalVariation:
 
     def __post_init__(self) -> None:
         _require_fraction(self.fraction)
+
+    @property
+    def notation(self) -> str:
+        return _ranked("TV(p_t, q_t)", self.fraction, self.lowest, self.per_sequence)
 
     def score(self, rows: Rows) -> Tensor:
         return 1 - _teacher(rows, "total_variation").overlap(rows.student)
@@ -125,6 +142,10 @@ class HellingerDistance:
     def __post_init__(self) -> None:
         _require_fraction(self.fraction)
 
+    @property
+    def notation(self) -> str:
+        return _ranked("Hellinger(p_t, q_t)", self.fraction, self.lowest, self.per_sequence)
+
     def score(self, rows: Rows) -> Tensor:
         return hellinger(_teacher(rows, "hellinger"), rows.student)
 
@@ -145,6 +166,10 @@ class LabelUncertainty:
 
     def __post_init__(self) -> None:
         _require_fraction(self.fraction)
+
+    @property
+    def notation(self) -> str:
+        return _ranked("1 − p_t(y_t)", self.fraction, self.lowest, self.per_sequence)
 
     def score(self, rows: Rows) -> Tensor:
         return -torch.expm1(rows.teacher.label_log_prob(rows.labels))
@@ -182,6 +207,10 @@ class EntropyOrDivergence:
         _require_fraction(self.fraction)
         _require_clip(self.clipped)
 
+    @property
+    def notation(self) -> str:
+        return _ranked("h + δ − h·δ, h of H(q_t), δ of KL(q_t ‖ p_t)", self.fraction)
+
     def score(self, rows: Rows) -> Tensor:
         """[N, 2]: H(q), KL(q ‖ p)."""
         return torch.stack([rows.student.entropy(), kl(rows.student, _teacher(rows, "tip"))], -1)
@@ -213,6 +242,11 @@ class Teachability:
         _require_clip(self.clipped)
         if self.student_top_k < 1:
             raise ConfigError(f"student_top_k is {self.student_top_k}", "Use student_top_k of at least 1 (the paper's is 16)")
+
+    @property
+    def notation(self) -> str:
+        divergence = "KL(p_t ‖ q_t)" if self.forward else "KL(q_t ‖ p_t)"
+        return _ranked(f"N({divergence})·N(p_t of q_t's top {self.student_top_k})", self.fraction)
 
     def score(self, rows: Rows) -> Tensor:
         """[N, 2]: KL, C."""
@@ -256,6 +290,10 @@ class ExcessDivergence:
     def __post_init__(self) -> None:
         _require_fraction(self.fraction)
 
+    @property
+    def notation(self) -> str:
+        return _ranked("KL(p_t ‖ q_t) − KL(p_t ‖ r_t)", self.fraction, self.lowest, self.per_sequence)
+
     def score(self, rows: Rows) -> Tensor:
         teacher, width = _teacher(rows, "excess_divergence"), rows.student_logits.shape[-1]
         reference = whole(rows.required_reference, width, "excess_divergence needs the whole of the reference's distribution")
@@ -280,6 +318,10 @@ class ExcessLabelLoss:
 
     def __post_init__(self) -> None:
         _require_fraction(self.fraction)
+
+    @property
+    def notation(self) -> str:
+        return _ranked("log r_t(y_t) − log q_t(y_t)", self.fraction, self.lowest, self.per_sequence)
 
     def score(self, rows: Rows) -> Tensor:
         return _difference(rows.required_reference.label_log_prob(rows.labels), rows.student_label_log_prob)

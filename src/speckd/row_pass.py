@@ -20,8 +20,17 @@ from speckd.divergences import Entrywise, HasEntries
 from speckd.head import LMHead
 from speckd.objective import Objective, TokenTerms, token_terms
 from speckd.policies import FallbackRows
-from speckd.support import shared_support, teacher_support
-from speckd.types import BatchDivergence, DenseSignal, Divergence, Rows, TeacherSignal, TokenKeys, TopKSignal
+from speckd.support import label_places, shared_support, teacher_support
+from speckd.types import (
+    BatchDivergence,
+    DenseSignal,
+    Divergence,
+    LabelledDivergence,
+    Rows,
+    TeacherSignal,
+    TokenKeys,
+    TopKSignal,
+)
 
 _TOP_K_TILES = 3
 
@@ -137,8 +146,15 @@ class RowPass:
     def _closed_form(self) -> Entrywise | None:
         return closed_form(self.objective.token_divergence)
 
-    def _slope(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-        return divergence_slope(self.objective.token_divergence, self._closed_form, log_q, log_p, q, p, wanted)
+    @cached_property
+    def _labelled(self) -> LabelledDivergence | None:
+        divergence = self.objective.token_divergence
+        return divergence if isinstance(divergence, LabelledDivergence) else None
+
+    def _slope(self, log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, labels: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+        """`labels`: [n], which the teacher lists where the divergence asks for them."""
+        divergence = self.objective.token_divergence if self._labelled is None else self._labelled.at(labels)
+        return divergence_slope(divergence, self._closed_form, log_q, log_p, q, p, wanted)
 
     def label_slopes(
         self, rows: JudgedRows, fallen: Tensor, found: RowResults, wanted: bool, accepted: Tensor | None = None
@@ -179,7 +195,7 @@ class RowPass:
         plain = tiles.softmax(student_logits) if label is not None and temperature != 1 else None
         q, log_q = _normalised(student_logits, rows.student.maximum[where], temperature)
         p, log_p = _normalised(teacher_logits, teacher.maximum[where], temperature)
-        value, slope = self._slope(log_q, log_p, q, p, wanted=out is not None)
+        value, slope = self._slope(log_q, log_p, q, p, rows.labels[where], wanted=out is not None)
         if out is None:
             return value
         weight, total = (temperature * on)[:, None], slope.sum(-1, keepdim=True)  # T² of the divergence, 1/T of the logits
@@ -219,7 +235,7 @@ class RowPass:
         tail = outside.sum(-1, keepdim=True)  # with every digit, unlike 1 − Σ inside
         log_inside = logits.gather(-1, ids) - rows.student.maximum[where] - log_mass
         q, log_q = torch.cat([inside, tail], -1), torch.cat([log_inside, tail.log()], -1)
-        value, slope = self._slope(log_q, log_p, q, log_p.exp(), wanted=out is not None)
+        value, slope = self._slope(log_q, log_p, q, log_p.exp(), rows.labels[where], wanted=out is not None)
         if out is None:
             return value
         slope = slope * on[:, None]
@@ -282,11 +298,12 @@ def wants_support(objective: Objective) -> bool:
 
 
 def batch_scores(
-    divergence: BatchDivergence, student: DenseSignal, teacher: TeacherSignal, temperature: float
+    divergence: BatchDivergence, student: DenseSignal, teacher: TeacherSignal, labels: Tensor, temperature: float
 ) -> Iterator[Tensor]:
     """[n] scores of a chunk for a `BatchDivergence`, in parts: a few rows' log-probabilities at a time."""
     for some in tiles.row_slices(student.logits):
-        yield divergence.score(*shared_support(student.logits[some], teacher.rows(some), temperature))
+        own = teacher.rows(some)
+        yield divergence.score(*shared_support(student.logits[some], own, temperature), label_places(own, labels[some]))
 
 
 def _no_support() -> tuple[Tensor, Tensor]:

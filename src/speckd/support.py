@@ -33,6 +33,14 @@ def shared_support(student_logits: Tensor, teacher: TeacherSignal, temperature: 
     return _with_tail(student, teacher), reference
 
 
+def label_places(teacher: TeacherSignal, labels: Tensor) -> Tensor:
+    """[n] token ids -> where they stand on the shared support, [n]; in the tail, if the teacher does not list them."""
+    if isinstance(teacher, DenseSignal):
+        return labels
+    found = teacher.token_ids == labels[:, None]
+    return torch.where(found.any(-1), found.long().argmax(-1), teacher.token_ids.shape[-1])
+
+
 def teacher_support(teacher: TopKSignal, vocabulary_size: int, temperature: float = 1.0) -> Tensor:
     """The truncated teacher's side: [N, K + 1], the tail last; [N, K] where K = V."""
     if teacher.token_ids.shape[-1] == vocabulary_size:

@@ -362,13 +362,35 @@ class BatchDivergence(Protocol):
     """A divergence with a coefficient that is the whole batch's: as a `BatchGate`, every row is scored before the first is
     weighed, and `settle` then gives the divergence of this batch. No gradient flows through the scores."""
 
-    def score(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Log-probabilities of one chunk, both [n, S] -> [n] scores."""
+    def score(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities of one chunk, both [n, S], and where the data's token stands there, [n] -> [n] scores."""
         ...
 
     def settle(self, scores: Tensor) -> Divergence:
         """[N] scores of the whole batch, N ≥ 1."""
         ...
+
+
+@runtime_checkable
+class LabelledDivergence(Protocol):
+    """A divergence that treats the data's token apart, asked about rows whose labels it was given before."""
+
+    def at(self, labels: Tensor) -> Divergence:
+        """`labels`: [n], where each row's token stands on the support."""
+        ...
+
+
+def at_labels(divergence: Divergence, labels: Tensor) -> Divergence:
+    """The divergence of some rows, [n] places of their labels."""
+    return divergence.at(labels) if isinstance(divergence, LabelledDivergence) else divergence
+
+
+@runtime_checkable
+class NeedsWholeTeacher(Protocol):
+    """A divergence, of a batch or not, that a top K and a tail cannot stand in for."""
+
+    @property
+    def needs_whole_teacher(self) -> bool: ...
 
 
 @runtime_checkable

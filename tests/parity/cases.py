@@ -38,7 +38,7 @@ from speckd.lk_losses import LKAlpha, LKHybrid
 from speckd.objective import token_terms
 from speckd.policies import DownWeight, Label, Mask, Residual
 from speckd.randomness import uniforms
-from speckd.support import shared_support
+from speckd.support import label_places, shared_support
 from speckd.taid import TAID
 from speckd.teachers import DenseTeacher, TopKTeacher
 from speckd.tokens import SupervisedRows
@@ -155,7 +155,7 @@ def by_package(given: Problem, chosen: oracle.Setting, top: int | None, chunk: i
             accepted = gate.select(gate.score(judged), rows.keys) if isinstance(gate, BatchGate) else gate(judged)
             if isinstance(wanted.divergence, BatchDivergence):
                 support = shared_support(judged.student_logits, judged.teacher, wanted.divergence_temperature)
-                wanted = wanted.settled(wanted.divergence.score(*support))
+                wanted = wanted.settled(wanted.divergence.score(*support, label_places(rows.teacher, rows.labels)))
         terms = token_terms(wanted, rows, accepted)
         total = terms.loss.sum()
         count = terms.weight.sum() if wanted.normalizer == "weight" else torch.tensor(len(given.rows))

@@ -30,8 +30,8 @@ def test_names_are_frozen() -> None:
     )
     assert sorted(REJECTED) == ["down_weight", "label", "mask", "residual"]
     assert sorted(DIVERGENCES) == (
-        "adaptive_kl alpha_beta forward_kl generalized_jsd label_nll lk_alpha lk_hybrid reverse_kl skewed_forward_kl "
-        "skewed_reverse_kl taid todi total_variation".split()
+        "adaptive_kl adaptive_teaching alpha_beta forward_kl generalized_jsd label_nll lk_alpha lk_hybrid reverse_kl "
+        "skewed_forward_kl skewed_reverse_kl taid todi token_temperature total_variation".split()
     )
     own = {f.name for f in dataclasses.fields(SpecKDConfig)} - {f.name for f in dataclasses.fields(SFTConfig)}
     assert own == set(

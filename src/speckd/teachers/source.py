@@ -83,6 +83,7 @@ def require_answers(objective: Objective, capabilities: Capabilities, vocabulary
     gate = objective.gate
     gate.score(rows) if isinstance(gate, BatchGate) else gate(rows)
     shared_support(logits, signal, objective.divergence_temperature)
+    objective.require_support(signal, size)
 
 
 def _example(capabilities: Capabilities, logits: Tensor) -> TeacherSignal:
