@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from speckd import divergences, gates, lk_losses, policies, taid
+from speckd import divergences, gates, lk_losses, own_parts, policies, taid
 from speckd.errors import ConfigError
 from speckd.objective import Normalizer, Objective
 
@@ -63,7 +63,7 @@ class MethodConfig:
 
     `gate_options`, `rejected_options` and `divergence_options` hold the parameters of the chosen piece (a mapping, or JSON on
     the command line), such as `gate_options: {verify_top_k: 5}`; `inverted` and `matched_random` take another gate there:
-    `gate_options: {gate: top_k, verify_top_k: 5}`.
+    `gate_options: {gate: top_k, verify_top_k: 5}`. Each of the three may also be the user's own: `my_gates.py:MyGate`.
     """
 
     gate: str = field(default="label_ratio", metadata={"help": "which tokens are accepted"})
@@ -104,6 +104,8 @@ def _gate(name: str, options: dict[str, Any]) -> Any:
 
 
 def _build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_key: str, options: Options | None) -> Any:
+    if ":" in str(name):
+        return own_parts.build(key, name, mapping(options_key, options))
     if name not in known:
         raise ConfigError(f"{key}: '{name}' is not a {key}", nearest(str(name), list(known)))
     build, given = known[name], mapping(options_key, options)
