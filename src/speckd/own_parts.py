@@ -1,4 +1,4 @@
-"""A gate, a policy or a divergence of the user's own: `my_gates.py:MyGate` or `package.module:name`, tried on an example at once.
+"""A gate, a policy or a divergence of the user's own: `my_gates.py:MyGate` or `package.module:name`, tried on an example.
 
 A class is made with the options as its arguments; a function, or an object that is made already, is taken as it is.
 """
