@@ -131,7 +131,7 @@ def _holding(given: dict[str, Any], start: Objective) -> Moved:
         raise ConfigError("it has no tar_target", "Give the acceptance rate that is to be held, such as tar_target: 0.8")
     now = _now("gate", option, start)
     whole = isinstance(now, int)
-    lowest, highest = given.get("min", 1 if whole else 1e-3), given.get("max", 50 if whole else 1.0)
+    lowest, highest = given.get("min", 1 if whole else 1e-3), given.get("max", 32 if whole else 1.0)
     mover = HoldTAR(now, given["tar_target"], lowest, highest, True, given.get("gain", 0.5))
     return Moved("gate", option, _turned(mover, option, start))
 
