@@ -43,9 +43,16 @@ def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="A flat YAML file of settings, in TRL's names.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A shipped method, or several, a+b: 'speckd recipes'.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "--dry_run", help="Only show how the method is composed.")] = False,
 ) -> None:
     """Distil a teacher into a student: --config run.yaml, and any setting as a flag."""
     _say_to_people()
+    if dry_run:
+        from speckd.composition import composition
+        from speckd.settings import load_settings
+
+        typer.echo("\n".join(composition(load_settings(config, recipe, context.args))))
+        return
     from speckd.run import train as run
 
     run(config, recipe, context.args)

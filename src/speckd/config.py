@@ -12,6 +12,7 @@ from speckd import (
     entropy_gates,
     gates,
     lk_losses,
+    own_parts,
     policies,
     ranked_gates,
     taid,
@@ -87,7 +88,7 @@ class MethodConfig:
 
     `gate_options`, `rejected_options` and `divergence_options` hold the parameters of the chosen piece (a mapping, or JSON on
     the command line), such as `gate_options: {verify_top_k: 5}`; `inverted` and `matched_random` take another gate there:
-    `gate_options: {gate: top_k, verify_top_k: 5}`.
+    `gate_options: {gate: top_k, verify_top_k: 5}`. Each of the three may also be the user's own: `my_gates.py:MyGate`.
     """
 
     gate: str = field(default="label_ratio", metadata={"help": "which tokens are accepted"})
@@ -140,6 +141,8 @@ def _divergence(name: str, options: dict[str, Any]) -> Any:
 
 
 def _build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_key: str, options: Options | None) -> Any:
+    if ":" in str(name):
+        return own_parts.build(key, name, mapping(options_key, options))
     if name not in known:
         raise ConfigError(f"{key}: '{name}' is not a {key}", nearest(str(name), list(known)))
     build, given = known[name], mapping(options_key, options)

@@ -240,7 +240,7 @@ class AlphaBeta:
 
     @property
     def notation(self) -> str:
-        return f"D_AB(p_t ‖ q_t), α = {self.alpha:g}, β = {self.beta:g}"
+        return f"D_AB(p_t ‖ q_t); α = {self.alpha:g}, β = {self.beta:g}"
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         a, b, c = self.alpha, self.beta, self.alpha + self.beta
@@ -274,7 +274,8 @@ class AdaptiveKL:
 
     @property
     def notation(self) -> str:
-        return f"s_t·KL(p_t ‖ q_t) + (1 − s_t)·KL(q_t ‖ p_t), s_t of the head of mass {self.head_mass:g}"
+        head = f"s_t the share of Σ_v |p_t − q_t| in the head of mass {self.head_mass:g}"
+        return f"s_t·KL(p_t ‖ q_t) + (1 − s_t)·KL(q_t ‖ p_t); {head}"
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
@@ -291,7 +292,7 @@ class AdaptiveKL:
 class ToDi:
     """ToDi (2505.16297): each vocabulary entry mixes the two KLs by σ(log p/q) and σ(log q/p), both without gradient."""
 
-    notation: ClassVar[str] = "Σ_v [σ(ρ)·p_t·ρ − (1 − σ(ρ))·q_t·ρ], ρ = log(p_t/q_t)"
+    notation: ClassVar[str] = "Σ_v [σ(ρ)·p_t·ρ − (1 − σ(ρ))·q_t·ρ]; ρ = log(p_t/q_t)"
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         ratio = _log_ratio(teacher, student)

@@ -101,7 +101,7 @@ class Spec:
 
     @property
     def notation(self) -> str:
-        return f"1[some i ≤ {self.candidates}: u_i < min(1, p_t(v_i)/q_t(v_i))], v_i ~ q_t"
+        return f"1[some i ≤ {self.candidates}: u_i < min(1, p_t(v_i)/q_t(v_i))]; v_i ~ q_t"
 
     def __call__(self, rows: Rows) -> Tensor:
         _require_whole(rows, self.allow_lower_bound, "spec needs the teacher's probability of whatever the student draws")

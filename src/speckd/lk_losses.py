@@ -65,7 +65,7 @@ class LKHybrid:
 
     @property
     def notation(self) -> str:
-        return f"λ·KL(p_t ‖ q_t) + (1 − λ)·TV(p_t, q_t), λ = exp(−{self.eta:g}·mean_t Σ_v min(p_t, q_t))"
+        return f"λ·KL(p_t ‖ q_t) + (1 − λ)·TV(p_t, q_t); λ = exp(−{self.eta:g}·mean_t Σ_v min(p_t, q_t))"
 
     def score(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return acceptance_rate(student, teacher)

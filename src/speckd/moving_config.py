@@ -5,16 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from speckd.config import MethodConfig, Options, mapping, nearest, require_options
 from speckd.errors import ConfigError
 from speckd.gates import AnyGate
 from speckd.movers import HoldTAR, Schedule, TAIDPace
 from speckd.moving import Moved, Mover, MovingObjective
 from speckd.objective import Objective
-from speckd.types import BatchGate, DenseSignal, Rows, TokenKeys
+from speckd.own_parts import example_rows
+from speckd.types import BatchGate
 
 _SCHEDULE: Mapping[str, Any] = {"from": float, "to": float, "steps": int, "shape": str}
 _HOLD_TAR: Mapping[str, Any] = {"option": str, "tar_target": float, "min": float, "max": float, "gain": float}
@@ -133,7 +131,7 @@ def _holding(given: dict[str, Any], start: Objective) -> Moved:
         raise ConfigError("it has no tar_target", "Give the acceptance rate that is to be held, such as tar_target: 0.8")
     now = _now("gate", option, start)
     whole = isinstance(now, int)
-    lowest, highest = given.get("min", 1 if whole else 1e-3), given.get("max", 100 if whole else 1.0)
+    lowest, highest = given.get("min", 1 if whole else 1e-3), given.get("max", 32 if whole else 1.0)
     mover = HoldTAR(now, given["tar_target"], lowest, highest, True, given.get("gain", 0.5))
     return Moved("gate", option, _turned(mover, option, start))
 
@@ -154,18 +152,6 @@ def _example_rate(gate: AnyGate) -> float:
     rows = example_rows()
     accepted = gate.select(gate.score(rows), rows.keys) if isinstance(gate, BatchGate) else gate(rows)
     return float(accepted.double().mean())
-
-
-def example_rows(count: int = 64, vocabulary: int = 32) -> Rows:
-    """Rows on which student and teacher agree in part, always the same."""
-
-    def waves(a: float, b: float) -> Tensor:
-        place = torch.arange(count * vocabulary, dtype=torch.float64).reshape(count, vocabulary)
-        return (3 * torch.sin(a * place * place + b * place)).float()
-
-    teacher, number = waves(0.37, 1.1), torch.arange(count)
-    student = 0.6 * teacher + waves(0.53, 2.3)
-    return Rows(student, DenseSignal(teacher), teacher.argmax(-1), TokenKeys(number, number))
 
 
 def _paced(given: dict[str, Any], start: Objective) -> Moved:

@@ -6,7 +6,7 @@ the divergence's weight V_t in terms of the acceptance a_t; `fallback_notation`:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ class RejectedPolicy(Protocol):
     def fallback(self, rows: FallbackRows) -> Tensor:
         """[n] loss of the rows whose fallback weight is not zero."""
         ...
+
+
+@runtime_checkable
+class HasFallback(Protocol):
+    """A policy that states what is added to the divergence."""
+
+    @property
+    def fallback_notation(self) -> str: ...
 
 
 @dataclass(frozen=True)

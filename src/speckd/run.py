@@ -231,9 +231,10 @@ def describe_method(settings: Settings) -> str:
     if not objective.needs_teacher:
         return "SFT: cross-entropy on the data, no distillation"
     gate, rejected, divergence = (_shown(piece) for piece in (objective.gate, objective.rejected, objective.divergence))
+    moving = "".join(f"; {each.name} moves {each.mover.notation}" for each in settings.training.moving_objective().moved)
     mixed = f" + {objective.label_loss_weight:g} cross-entropy" if objective.label_loss_weight else ""
     hot = f" at T = {objective.divergence_temperature:g}" if objective.divergence_temperature != 1 else ""
-    return f"gate {gate} → rejected tokens {rejected} → {divergence}{hot}{mixed}, divided by {objective.normalizer}"
+    return f"gate {gate} → rejected tokens {rejected} → {divergence}{hot}{mixed}, divided by {objective.normalizer}{moving}"
 
 
 def _shown(piece: Any) -> str:

@@ -395,7 +395,10 @@ class NeedsWholeTeacher(Protocol):
 
 @runtime_checkable
 class HasNotation(Protocol):
-    """A part that states its own formula, in the paper's notation: p_t teacher, q_t student, y_t the data's token, at t."""
+    """A part that states its own formula, in the paper's notation: p_t teacher, q_t student, y_t the data's token, at t.
+
+    What its letters stand for follows after a semicolon.
+    """
 
     @property
     def notation(self) -> str: ...

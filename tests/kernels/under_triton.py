@@ -19,7 +19,7 @@ from speckd.objective import token_terms
 from speckd.policies import DownWeight, Label, Mask, Residual
 from speckd.row_pass import JudgedRows, RowPass, RowResults, wants_support
 from speckd.types import BatchGate, DenseSignal, Rows, TeacherSignal, TokenKeys, TopKSignal
-from tests.parity.cases import DIVERGENCES, GATES
+from tests.parity.cases import DIVERGENCES, ENTRYWISE, GATES
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -209,7 +209,7 @@ class Batch:
 
 HEAD = LMHead(torch.zeros(WIDTH, 1, device=DEVICE))
 CAPPED = LMHead(torch.zeros(WIDTH, 1, device=DEVICE), softcap=5.0)
-CLOSED = sorted(name for name, divergence in DIVERGENCES.items() if not isinstance(divergence, AdaptiveKL))
+CLOSED = sorted(ENTRYWISE)
 POLICIES = [Mask(), DownWeight(0.1), Label()]
 VERDICTS = (1.0, 0.0, 0.3, 0.0, 1.0)
 
@@ -229,7 +229,7 @@ def test_gradients_of_a_whole_teacher(name: str, policy: Any) -> None:
     for place, (temperature, share, head) in enumerate(product((1.0, 2.5), (0.0, 0.3), (HEAD, CAPPED))):
         if (place.bit_count() + POLICIES.index(policy)) % 2:
             continue  # half of them, in which every pair of choices meets
-        objective = Objective(NoGate(), policy, DIVERGENCES[name], label_loss_weight=share, divergence_temperature=temperature)
+        objective = Objective(NoGate(), policy, ENTRYWISE[name], label_loss_weight=share, divergence_temperature=temperature)
         batch(objective, head, verdicts=(0.3, 0.0)).check()
 
 
@@ -237,7 +237,7 @@ def test_gradients_of_a_whole_teacher(name: str, policy: Any) -> None:
 @pytest.mark.parametrize("name", CLOSED)
 def test_gradients_of_a_top_k_with_a_tail(name: str, policy: Any) -> None:
     for share, head in product((0.0, 0.3), (HEAD, CAPPED)):
-        batch(Objective(NoGate(), policy, DIVERGENCES[name], label_loss_weight=share), head, K, (0.3, 0.0)).check()
+        batch(Objective(NoGate(), policy, ENTRYWISE[name], label_loss_weight=share), head, K, (0.3, 0.0)).check()
 
 
 @pytest.mark.parametrize("name", ["adaptive_kl", "reverse_kl"])
@@ -323,7 +323,7 @@ def test_without_a_wish_for_gradients_the_results_are_the_same(top: int | None) 
 @pytest.mark.parametrize("name", CLOSED)
 def test_probabilities_of_zero(name: str, temperature: float) -> None:
     """Where both, the teacher or the student rule a token out: the PyTorch code's values, infinite ones too, and gradients."""
-    objective = Objective(NoGate(), Label(), DIVERGENCES[name], divergence_temperature=temperature)
+    objective = Objective(NoGate(), Label(), ENTRYWISE[name], divergence_temperature=temperature)
     given = batch(objective, verdicts=(1.0, 1.0, 1.0, 1.0, 0.0, 0.6))
     student, teacher = given.before_cap, given.teacher
     student[0, 5], teacher[0, 5] = -torch.inf, -torch.inf

@@ -13,6 +13,7 @@ from speckd.divergences import (
     AdaptiveKL,
     AlphaBeta,
     GeneralizedJSD,
+    HasEntries,
     LabelNLL,
     SkewedForwardKL,
     SkewedReverseKL,
@@ -34,7 +35,7 @@ from speckd.gates import (
     TopK,
     TwoSided,
 )
-from speckd.lk_losses import LKAlpha, LKHybrid
+from speckd.lk_losses import KLWithTotalVariation, LKAlpha, LKHybrid
 from speckd.objective import token_terms
 from speckd.policies import DownWeight, Label, Mask, Residual
 from speckd.randomness import uniforms
@@ -74,6 +75,9 @@ DIVERGENCES: dict[str, Any] = {
     "taid": TAID(0.4),
     "lk_alpha": LKAlpha(),
 }
+#: Those that state a closed form, the hybrid as it is once settled among them.
+ENTRYWISE: dict[str, Any] = {name: own for name, own in DIVERGENCES.items() if isinstance(own, HasEntries)}
+ENTRYWISE["lk_hybrid, settled"] = KLWithTotalVariation(0.3)
 #: No functions of two distributions: one has the batch's coefficient, the other asks for the label.
 OF_BATCH_OR_LABEL: dict[str, Any] = {"lk_hybrid": LKHybrid(3.0), "label_nll": LabelNLL()}
 TEACHERS: dict[str, int | None] = {"dense": None, "top-K": 6}

@@ -1,0 +1,84 @@
+"""`speckd train --dry-run`: how a method is composed, in the paper's notation. Each part states its own formula."""
+
+from collections.abc import Iterator
+
+from speckd.config import MethodConfig
+from speckd.moving import Clock, MovingObjective
+from speckd.objective import Objective
+from speckd.policies import HasFallback
+from speckd.settings import Settings
+from speckd.types import notation_of
+
+#: What N is, by the normaliser's name.
+_NORMALIZERS = {
+    "valid": "N = the supervised tokens of an optimizer step, accepted or not",
+    "weight": "N = the sum of all weights of an optimizer step",
+}
+
+
+def composition(settings: Settings) -> Iterator[str]:
+    """Line by line: where sequences and the teacher's word come from, the loss, and what of it moves."""
+    args, moving = settings.training, settings.training.moving_objective()
+    objective = moving.at(Clock(0, 0), {})
+    yield f"method      {f'recipe {settings.recipe}' if settings.recipe else 'your own composition'}: {named(args)}"
+    yield f"sequences   (x, y) ~ {settings.run.dataset_name or 'the data (dataset_name is not set)'}, as it is written there"
+    if objective.needs_teacher:
+        yield f"teacher     p_t = p(· | x, y_<t), by {args.teacher}; student q_t = q(· | x, y_<t)"
+    loss, *more = formulas(objective)
+    yield f"loss        {loss}"
+    yield from (f"            {line}" for line in more)
+    yield from moves(moving)
+
+
+def named(args: MethodConfig) -> str:
+    """The parts as the settings name them."""
+    return f"gate {args.gate}, rejected {args.rejected}, divergence {args.divergence}, normalizer {args.normalizer}"
+
+
+def formulas(objective: Objective) -> Iterator[str]:
+    """L, and what its letters stand for."""
+    share, wheres = objective.label_loss_weight, [_NORMALIZERS[objective.normalizer]]
+    if not objective.needs_teacher:
+        yield "L = 1/N Σ_t (−log q_t(y_t))"
+        yield from wheres
+        return
+    gate, divergence = (_parted(notation_of(part)) for part in (objective.gate, objective.divergence))
+    fallback = objective.rejected.fallback_notation if isinstance(objective.rejected, HasFallback) else ""
+    temperature = objective.divergence_temperature
+    distance = _factor(divergence[0])
+    if temperature != 1:
+        distance = f"{temperature:g}²·{distance}"
+        wheres.insert(0, f"p_t and q_t in it at temperature T = {temperature:g}, times T²")
+    inner = f"V_t · {distance}{f' + {fallback}' if fallback else ''}"
+    if share:
+        inner = f"{1 - share:g}·[{inner}] + {share:g}·(−log q_t(y_t))"
+    elif fallback:
+        inner = f"[{inner}]"
+    yield f"L = 1/N Σ_t {inner}"
+    weight = notation_of(objective.rejected)
+    if fallback:  # where a_t stands, too
+        yield f"V_t = {weight}"
+        yield f"a_t = {gate[0]}"
+    else:
+        yield f"V_t = {weight.replace('a_t', gate[0] if weight == 'a_t' else _factor(gate[0]))}"
+    yield from (*gate[1:], *divergence[1:], *wheres)
+
+
+def moves(moving: MovingObjective) -> Iterator[str]:
+    for each in moving.moved:
+        yield f"moves       {each.name}: {each.mover.notation}"
+
+
+def _parted(notation: str) -> list[str]:
+    """A formula, and what its letters stand for."""
+    return notation.split("; ")
+
+
+def _factor(formula: str) -> str:
+    """In brackets where it is a sum, for a product."""
+    depth = 0
+    for place, letter in enumerate(formula):
+        depth += (letter in "([") - (letter in ")]")
+        if depth == 0 and formula[place : place + 3] in (" + ", " − "):
+            return f"[{formula}]"
+    return f"({formula})" if formula.startswith("−") else formula

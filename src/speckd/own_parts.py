@@ -1,0 +1,163 @@
+"""A gate, a policy or a divergence of the user's own: `my_gates.py:MyGate` or `package.module:name`, tried on an example.
+
+A class is made with the options as its arguments; a function, or an object that is made already, is taken as it is.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speckd.errors import ConfigError, SpeckdError
+from speckd.policies import FallbackRows
+from speckd.types import BatchDivergence, BatchGate, DenseSignal, Rows, TokenKeys
+
+
+def build(key: str, name: str, options: Mapping[str, Any]) -> Any:
+    """The part of that name, tried on an example.
+
+    Args:
+        key: which part: gate, rejected or divergence.
+        name: file or module, a colon, and what stands in it.
+        options: its arguments.
+
+    Raises:
+        ConfigError: no such file, module or name; options it does not take; not such a part.
+    """
+    where, _, attribute = name.rpartition(":")
+    module = _module(key, name, where)
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise ConfigError(f"{key}: there is no '{attribute}' in {where}", f"Define it there, or write {key}: FILE.py:NAME")
+    part = _made(key, name, found, options)
+    _TRIALS[key](name, part)
+    return part
+
+
+def _module(key: str, name: str, where: str) -> ModuleType:
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        path = Path(where).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"{key}: there is no file {where}", "Check the path, which is taken from where speckd is started")
+        return _module_of(path)
+    except SpeckdError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        raise ConfigError(f"{key}: {where} cannot be imported ({_said(error)})", f"Correct it, or the name {name}") from error
+
+
+@cache
+def _module_of(path: Path) -> ModuleType:
+    """Loaded once, so that the same name is the same class."""
+    spec = importlib.util.spec_from_file_location(f"speckd_own_{path.stem}_{abs(hash(path)):x}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
+def _made(key: str, name: str, found: Any, options: Mapping[str, Any]) -> Any:
+    if not inspect.isclass(found):
+        if options:
+            raise ConfigError(f"{key}_options: {name} is no class and takes no options", "Remove them, or make it a dataclass")
+        return found
+    try:
+        inspect.signature(found).bind(**options)
+    except TypeError as error:
+        raise ConfigError(f"{key}_options: {name} does not take these: {error}", "Its options are its fields") from None
+    try:
+        return found(**options)
+    except SpeckdError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{key}: {name} cannot be made ({_said(error)})", f"Check {key}_options") from error
+
+
+# ---- trials --------------------------------------------------------------------------------------------------------------
+
+
+def example_rows(count: int = 64, vocabulary: int = 32) -> Rows:
+    """Rows on which student and teacher agree in part, always the same."""
+
+    def waves(a: float, b: float) -> Tensor:
+        place = torch.arange(count * vocabulary, dtype=torch.float64).reshape(count, vocabulary)
+        return (3 * torch.sin(a * place * place + b * place)).float()
+
+    teacher, number = waves(0.37, 1.1), torch.arange(count)
+    student = 0.6 * teacher + waves(0.53, 2.3)
+    return Rows(student, DenseSignal(teacher), teacher.argmax(-1), TokenKeys(number, number))
+
+
+def _try_gate(name: str, gate: Any) -> None:
+    rows = example_rows()
+
+    def asked() -> Tensor:
+        return gate.select(gate.score(rows), rows.keys) if isinstance(gate, BatchGate) else gate(rows)
+
+    found = _tried("gate", name, asked, len(rows.labels))
+    if not bool(((found >= 0) & (found <= 1)).all()):
+        raise ConfigError(
+            f"gate: {name} accepts between {float(found.min()):.3g} and {float(found.max()):.3g}", "Return weights from 0 to 1"
+        )
+
+
+def _try_policy(name: str, policy: Any) -> None:
+    rows = example_rows()
+    acceptance = torch.linspace(0, 1, len(rows.labels))
+    for place in (0, 1):
+        _tried("rejected", name, lambda place=place: policy.weights(acceptance)[place], len(rows.labels))
+    log_q, log_p = rows.student.log_probs, rows.teacher.log_prob(torch.arange(32).expand(64, 32))
+    seen = FallbackRows(rows.student_label_log_prob, lambda: (log_q, log_p), 1.0)
+    _tried("rejected", name, lambda: policy.fallback(seen), len(rows.labels))
+
+
+def _try_divergence(name: str, divergence: Any) -> None:
+    rows = example_rows()
+    log_q, log_p = (torch.log_softmax(logits, -1) for logits in (rows.student_logits, -rows.student_logits))
+
+    def asked() -> Tensor:
+        settled = divergence
+        if isinstance(divergence, BatchDivergence):
+            settled = divergence.settle(divergence.score(log_q, log_p))
+        return settled(log_q.requires_grad_(), log_p)
+
+    _tried("divergence", name, asked, len(rows.labels))
+
+
+_TRIALS = {"gate": _try_gate, "rejected": _try_policy, "divergence": _try_divergence}
+
+
+def _tried(key: str, name: str, asked: Any, rows: int) -> Tensor:
+    """What it answers for so many rows; refused where that is not a number for each."""
+    what = {"gate": "a gate", "rejected": "a policy for rejected tokens", "divergence": "a divergence"}[key]
+    fix = "docs/your-own-gate.md shows one that works"
+    try:
+        found = asked()
+    except Exception as error:  # whatever the user's own code raises
+        raise ConfigError(f"{key}: {name} is not {what}: asked about {rows} rows, it fails ({_said(error)})", fix) from error
+    if not isinstance(found, Tensor) or found.shape != (rows,):
+        said = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__}"
+        raise ConfigError(f"{key}: {name} is not {what}: asked about {rows} rows, it gives {said}", f"Return [{rows}]: {fix}")
+    if bool(found.isnan().any()):
+        raise ConfigError(f"{key}: {name} gives NaN for an example", fix)
+    return found.detach()
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(". ")

@@ -1,0 +1,55 @@
+"""`speckd train --dry-run`: the composition in the paper's notation, and nothing else happens."""
+
+from pathlib import Path
+
+import pytest
+
+from speckd import config
+from speckd.cli import main
+from speckd.recipe_book import recipe_names
+from speckd.types import HasNotation
+
+
+def shown(place: Path, capsys, *flags: str) -> str:
+    assert main(["train", "--dry-run", "--output_dir", str(place / "out"), "--use_cpu", "true", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_papers_method_in_its_notation(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = shown(tmp_path, capsys, "--recipe", "paper-v2-top-k", "--dataset_name", "data.jsonl")
+    assert "L = 1/N Σ_t V_t · KL(p_t ‖ q_t)\n" in said
+    assert "V_t = 0.01 + 0.99·1[argmax q_t ∈ Top-5(p_t)]\n" in said
+    assert "(x, y) ~ data.jsonl" in said and "N = the supervised tokens" in said
+    assert not list(tmp_path.iterdir())  # no output folder, no data asked for, no model loaded
+
+
+def test_what_moves_what_is_mixed_and_what_the_rejected_get(tmp_path: Path, capsys) -> None:
+    flags = ["--recipe", "top-k-label", "--label_loss_weight", "0.25", "--divergence_temperature", "2"]
+    flags += ["--gate_schedule", '{"verify_top_k": {"from": 20, "to": 3, "steps": 500}}', "--normalizer", "weight"]
+    said = shown(tmp_path, capsys, *flags)
+    assert "0.75·[V_t · 2²·KL(p_t ‖ q_t) + (1 − a_t)·(−log q_t(y_t))] + 0.25·(−log q_t(y_t))" in said
+    assert "a_t = 1[argmax q_t ∈ Top-20(p_t)]" in said  # as the run begins
+    assert "gate/verify_top_k: 20 → 3 over 500 steps, linear" in said and "N = the sum of all weights" in said
+
+
+def test_sums_are_bracketed_and_letters_explained(tmp_path: Path, capsys) -> None:
+    said = shown(tmp_path, capsys, "--recipe", "lk-hybrid+speckd")
+    assert "V_t · [λ·KL(p_t ‖ q_t) + (1 − λ)·TV(p_t, q_t)]\n" in said and " λ = exp(−3·mean_t" in said
+    said = shown(tmp_path, capsys, "--recipe", "kd+speckd", "--gate", "inverted", "--gate_options", '{"gate": "top_k"}')
+    assert "V_t = 0.01 + 0.99·[1 − 1[argmax q_t ∈ Top-5(p_t)]]" in said
+    assert shown(tmp_path, capsys, "--recipe", "sft").count("−log q_t(y_t)") == 1
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_shipped_recipe_states_its_formula(recipe: str) -> None:
+    import yaml
+
+    from speckd.recipe_book import recipe_text
+
+    given = yaml.safe_load(recipe_text(recipe))
+    method = config.MethodConfig(
+        gate=given.get("gate", "none"), rejected=given.get("rejected", "mask"), divergence=given.get("divergence", "forward_kl")
+    )
+    objective = method.objective()
+    assert all(isinstance(part, HasNotation) for part in (objective.gate, objective.rejected, objective.divergence))
