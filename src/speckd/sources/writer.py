@@ -64,7 +64,7 @@ class Writer(Protocol):
     """Continues prompts."""
 
     def write(self, prompts: Sequence[Prompt], sampling: Sampling, draws: Draws) -> list[Completion]:
-        """One completion a prompt, in their order; the same for a prompt, draws and weights, whatever else is in the call.
+        """One completion a prompt, in order; the same for a prompt, draws and weights, whatever else is in the call.
 
         Raises:
             SpeckdError: it cannot.
