@@ -51,7 +51,7 @@ def shaken(folder: Path) -> Path:
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"NOT RUN: {STORIES.name} is not in ../shared/models")
 def test_a_storyteller_that_collapses_is_stopped(tmp_path: Path, capsys) -> None:
-    """stories260K teaches a copy of itself that has been shaken: stories at first, and loops after some steps that are too long."""
+    """stories260K teaches a copy of itself that has been shaken: stories at first, loops after some ruinous steps."""
     student = shaken(tmp_path / "student")
     starts = ["Once upon a time", "One day, a little girl", "There was a big dog", "Tom and Sam went to the"]
     rows = [{"prompt": start, "completion": " and they were happy."} for start in starts * 4]
