@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from speckd.cli import main
 from speckd.trainer import SpecKDTrainer
 from tests.tiny import common_flags, log_of, run_cli, write_model, write_rows
 from tests.trainer.conftest import World
@@ -201,6 +202,12 @@ def test_what_does_not_fit_is_refused_in_one_line(world: World, tmp_path: Path, 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and said in error
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_cached_of_text_that_is_not_written_yet(world: World, tmp_path: Path, capsys) -> None:
+    flags = [*common_flags(world.student, world.teacher, world.data, tmp_path / "out"), *BASE]
+    assert main(["cache", *flags, "--teacher_cache_dir", str(tmp_path / "cache")]) == 2
+    assert "no cache can know" in capsys.readouterr().err and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
