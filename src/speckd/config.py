@@ -104,8 +104,8 @@ class MethodConfig:
     def objective(self) -> Objective:
         found = Objective(
             gate=_gate(self.gate, mapping("gate_options", self.gate_options)),
-            rejected=_build("rejected", REJECTED, self.rejected, "rejected_options", self.rejected_options),
-            divergence=_divergence(self.divergence, mapping("divergence_options", self.divergence_options)),
+            rejected=build("rejected", REJECTED, self.rejected, "rejected_options", self.rejected_options),
+            divergence=named_divergence("divergence", self.divergence, self.divergence_options),
             normalizer=self.normalizer,
             label_loss_weight=self.label_loss_weight,
             divergence_temperature=self.divergence_temperature,
@@ -125,22 +125,25 @@ def _gate(name: str, options: dict[str, Any]) -> Any:
     if name in ("inverted", "matched_random") and isinstance(options.get("gate"), str):
         inner = _gate(options["gate"], {key: value for key, value in options.items() if key != "gate"})
         return GATES[name](inner)
-    return _build("gate", GATES, name, "gate_options", options)
+    return build("gate", GATES, name, "gate_options", options)
 
 
-def _divergence(name: str, options: dict[str, Any]) -> Any:
-    if name == "token_temperature" and isinstance(options.get("divergence"), str):
-        inner = _divergence(options["divergence"], {})
+def named_divergence(key: str, name: str, options: Options | None) -> Any:
+    """A divergence by its name, or around another; `key`: where it stands, for messages."""
+    options_key, given = f"{key}_options", mapping(f"{key}_options", options)
+    if name == "token_temperature" and isinstance(given.get("divergence"), str):
+        inner = named_divergence(key, given["divergence"], {})
         if isinstance(inner, (BatchDivergence, divergences.LabelNLL)):
             raise ConfigError(
-                f"divergence_options: {options['divergence']} is no divergence of tokens one by one", "Name forward_kl or such"
+                f"{options_key}: {given['divergence']} is no divergence of tokens one by one", "Name forward_kl or such"
             )
-        rest = {key: value for key, value in options.items() if key != "divergence"}
-        return replace(_build("divergence", DIVERGENCES, name, "divergence_options", rest), divergence=inner)
-    return _build("divergence", DIVERGENCES, name, "divergence_options", options)
+        rest = {option: value for option, value in given.items() if option != "divergence"}
+        return replace(build(key, DIVERGENCES, name, options_key, rest), divergence=inner)
+    return build(key, DIVERGENCES, name, options_key, given)
 
 
-def _build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_key: str, options: Options | None) -> Any:
+def build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_key: str, options: Options | None) -> Any:
+    """The piece of a name with its options; `key` and `options_key` are where they stand, for messages."""
     if ":" in str(name):
         return own_parts.build(key, name, mapping(options_key, options))
     if name not in known:

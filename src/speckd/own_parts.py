@@ -134,7 +134,7 @@ def _try_divergence(name: str, divergence: Any) -> None:
     def asked() -> Tensor:
         settled = divergence
         if isinstance(divergence, BatchDivergence):
-            settled = divergence.settle(divergence.score(log_q, log_p))
+            settled = divergence.settle(divergence.score(log_q, log_p, rows.labels))
         return settled(log_q.requires_grad_(), log_p)
 
     _tried("divergence", name, asked, len(rows.labels))

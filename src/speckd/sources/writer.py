@@ -51,8 +51,8 @@ class Prompt:
 class Completion:
     """What was written: `token_ids`, [n] int64 on the CPU, the stop token included where there is one.
 
-    `finished`: it ends with a stop token, and was not cut off at the limit. `replaced`: [n] bool, which tokens a verifier put in
-    the place of the writer's own; None where nobody verifies.
+    `finished`: it ends with a stop token, and was not cut off at the limit. `replaced`: [n] bool, which tokens a verifier put
+    in the place of the writer's own; None where nobody verifies.
     """
 
     token_ids: Tensor
