@@ -13,6 +13,7 @@ from trl import SFTConfig
 from speckd.config import MethodConfig, Options, nearest
 from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
+from speckd.sequence_config import SequenceConfig
 from speckd.teachers.placement import existing_device
 from speckd.teachers.sharding import SHARDINGS
 
@@ -25,7 +26,7 @@ LOWER_IS_BETTER = {"loss", "nll", "kl", "kl_at_least"}
 
 
 @dataclass
-class SpecKDConfig(MethodConfig, SFTConfig):
+class SpecKDConfig(MethodConfig, SequenceConfig, SFTConfig):
     """`SFTConfig` with the method and the teacher. What is unset behaves as in TRL, but for what is listed here.
 
     bfloat16 is used where a GPU offers it and nobody said otherwise (TRL: always); non-finite losses are never hidden from the
@@ -40,6 +41,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         "gate_options",
         "rejected_options",
         "divergence_options",
+        "student_text_divergence_options",
     ]
 
     output_dir: str | None = field(default=None, metadata={"help": "where the student, its card and its log are written"})
@@ -151,6 +153,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
 
     def _refuse_contradictions(self) -> None:
         self._check_teacher()
+        self._check_sequences()
         if self.use_liger_kernel:
             raise ConfigError("use_liger_kernel: it replaces the loss that speckd computes", "Remove it")
         if self.loss_type != "nll" or self.label_smoothing_factor:
@@ -205,6 +208,32 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         if self.teacher == "cache" and self.teacher_cache_dir is None:
             raise ConfigError(
                 "teacher is cache, but teacher_cache_dir is not set", "Name the folder that 'speckd cache' filled"
+            )
+
+    def _check_sequences(self) -> None:
+        self.refuse_contradicting_sequences()
+        if not self.writes:
+            return
+        if self.teacher == "cache":
+            raise ConfigError(
+                f"sequence_source: {self.sequence_source}: a cached teacher knows nothing of text that is written in training",
+                "Set teacher: model or server, or sequence_source: dataset",
+            )
+        if self.packing or self.padding_free:
+            raise ConfigError(
+                f"sequence_source: {self.sequence_source}: packing and padding_free are not supported with written text",
+                "Set both to false",
+            )
+        objective = self.objective()
+        if not objective.needs_teacher:
+            raise ConfigError(
+                f"label_loss_weight: 1 (SFT) with sequence_source: {self.sequence_source}: the student's own text has no label",
+                "Lower label_loss_weight, or set sequence_source: dataset",
+            )
+        self.student_text_objective(objective)
+        if self.adaptive_on_policy and self.eval_strategy == "no":
+            raise ConfigError(
+                "adaptive_on_policy needs the held-out loss in training", "Set eval_strategy: steps (and eval_dataset)"
             )
 
     def _refuse_contradicting_teachers(self) -> None:

@@ -28,7 +28,7 @@ from speckd.checks import (
     several_teachers,
 )
 from speckd.data import is_conversational, load_data
-from speckd.errors import ConfigError, TeacherLostError
+from speckd.errors import CollapseError, ConfigError, TeacherLostError
 from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings, student_options
@@ -78,6 +78,10 @@ def _trained(settings: Settings, trainer: SpecKDTrainer, output: Path, checkpoin
         end = _measured(trainer)
     except TeacherLostError as error:
         raise _saved(trainer, error) from error
+    except CollapseError as error:
+        folder = save_checkpoint(trainer)
+        where = f"; step {trainer.state.global_step}, the last before the stop, is saved in {folder}" if folder else ""
+        raise CollapseError(f"{error.what}{where}", error.fix) from error
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         _publish(settings, trainer, output, start, end)
@@ -232,7 +236,11 @@ def describe_method(settings: Settings) -> str:
     gate, rejected, divergence = (_shown(piece) for piece in (objective.gate, objective.rejected, objective.divergence))
     mixed = f" + {objective.label_loss_weight:g} cross-entropy" if objective.label_loss_weight else ""
     hot = f" at T = {objective.divergence_temperature:g}" if objective.divergence_temperature != 1 else ""
-    return f"gate {gate} → rejected tokens {rejected} → {divergence}{hot}{mixed}, divided by {objective.normalizer}"
+    text = f"; {settings.training.described_source}" if settings.training.writes else ""
+    own = settings.training.student_text_objective(objective) if settings.training.writes else objective
+    if own.divergence != objective.divergence or own.rejected != objective.rejected:
+        text += f", there rejected tokens {_shown(own.rejected)} → {_shown(own.divergence)}"
+    return f"gate {gate} → rejected tokens {rejected} → {divergence}{hot}{mixed}, divided by {objective.normalizer}{text}"
 
 
 def _shown(piece: Any) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from speckd.randomness import uniforms
-from speckd.sources.interleaved import _STREAM
+from speckd.sources.sampling import uniform_pairs_at
 from speckd.sources.writer import Draws, Sampling
 
 Rule = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -67,9 +66,8 @@ def write(
     ids = range(student.config.vocab_size) if ids is None else ids
     written, replaced = [], []
     while len(written) < sampling.max_completion_length:
-        place = (torch.tensor([sample]), torch.tensor([len(written)]))
-        propose, replace = uniforms(draws.seed, draws.turn, *place, draws=1, stream=_STREAM)[0, 0].tolist()
         text = [*prompt, *written]
+        propose, replace = uniform_pairs_at(draws, torch.tensor([sample]), torch.tensor([len(text)]))[0].tolist()
         token = drawn(sampled_from(next_logits(student, text, ids), sampling), propose)
         known = next_logits(teacher, text, ids)
         rejected = not in_top_k(known, k)[token]

@@ -10,16 +10,16 @@ from torch import Tensor
 from speckd.compatibility import SharedVocabulary
 from speckd.errors import ConfigError, DataError, VocabularyError
 from speckd.head import LMHead
-from speckd.randomness import uniforms
-from speckd.sources.choosing import choose
+from speckd.sources.model_writer import ROWS_AT_ONCE
 from speckd.sources.rewinding import RewindingReader, check_rewinding, in_eval_mode, input_device
+from speckd.sources.sampling import draw, uniform_pairs_at
 from speckd.sources.writer import Completion, Draws, Prompt, Sampling
 from speckd.teachers.in_process import HiddenTeacher
 from speckd.teachers.placement import head_on
 from speckd.types import DenseSignal
 
-_STREAM = 8  # of random draws, apart from those of gates, caches and scrambling
 _LOGITS_BYTES = 2**28  # of the teacher's logits that are held at once
+_NOTHING = Completion(torch.zeros(0, dtype=torch.long), finished=False, replaced=torch.zeros(0, dtype=torch.bool))
 
 _Context = Callable[[], AbstractContextManager[Any]]
 
@@ -42,11 +42,11 @@ class InterleavedWriter:
     token is replaced, and what the student said after it is forgotten and proposed anew. Stop tokens are proposed and verified
     like any other.
 
-    The proposal and the replacement at a position have one uniform each, a function of (seed, turn, sample, position). So a
-    text depends neither on `block` nor on what else is in the call, as far as the models' arithmetic does not: products round
-    differently in batches of another shape, and a draw that falls between two roundings goes the other way. In float32 that is
-    rare (none of 2,400 tokens of two random models); in bfloat16 it is not (their texts parted after 16 tokens on average), and
-    what holds there is the distribution.
+    The proposal and the replacement at a position have one uniform each, a function of (seed, turn, sample, position), that of
+    the proposal the same as `ModelWriter`'s: at K = V the two write the same text. A text depends neither on `block` nor on
+    what else is in the call, as far as the models' arithmetic does not: products round differently in batches of another shape,
+    and a draw that falls between two roundings goes the other way. In float32 that is rare (none of 2,400 tokens of two random
+    models); in bfloat16 it is not (their texts parted after 16 tokens on average), and what holds there is the distribution.
 
     Args:
         student, teacher: Transformers causal language models, the student possibly wrapped by PEFT. Weights and heads are read
@@ -75,7 +75,7 @@ class InterleavedWriter:
         verify_top_k: int = 25,
         block: int = 5,
         teacher_sampling: Sampling | None = None,
-        batch_size: int = 64,
+        batch_size: int = ROWS_AT_ONCE,
         student_context: _Context = nullcontext,
         teacher_context: _Context = nullcontext,
     ) -> None:
@@ -93,27 +93,30 @@ class InterleavedWriter:
             speaker.check(name)
 
     def write(self, prompts: Sequence[Prompt], sampling: Sampling, draws: Draws) -> list[Completion]:
-        """See `Writer.write`; `sampling` is the student's, and its limit the completion's.
+        """See `Writer.write`; `sampling` is the student's, and its limit the completion's, which ends at the last position that
+        both models have: a prompt that fills them all gets a completion without tokens.
 
         Raises:
-            DataError: a prompt is empty, or with its completion longer than a model's positions.
+            DataError: a prompt is empty.
             VocabularyError: a prompt holds a token that the two do not share.
         """
-        self._refuse(prompts, sampling.max_completion_length)
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].token_ids))  # little padding
-        found: dict[int, Completion] = {}
+        self._refuse(prompts)
+        positions = min(self._student.positions, self._teacher.positions)
+        limits = [min(sampling.max_completion_length, positions - len(prompt.token_ids)) for prompt in prompts]
+        found = {number: _NOTHING for number, limit in enumerate(limits) if limit < 1}
+        order = [number for number, limit in enumerate(limits) if limit >= 1]
+        order.sort(key=lambda number: len(prompts[number].token_ids))  # little padding
         with in_eval_mode(self._student.model), in_eval_mode(self._teacher.model):
             for start in range(0, len(order), self.batch_size):
                 some = order[start : start + self.batch_size]
-                found.update(zip(some, self._written([prompts[number] for number in some], sampling, draws), strict=True))
+                texts = _Texts([prompts[number] for number in some], [limits[number] for number in some])
+                self._finish(texts, sampling, draws)
+                found.update(zip(some, texts.completions(), strict=True))
         return [found[number] for number in range(len(prompts))]
 
-    def _written(self, prompts: Sequence[Prompt], sampling: Sampling, draws: Draws) -> list[Completion]:
-        texts = _Texts([prompt.sample for prompt in prompts], [int(prompt.token_ids[-1]) for prompt in prompts], sampling)
-        longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_completion_length
-        starts = [prompt.token_ids[:-1] for prompt in prompts]  # both have read all but the last token, always
-        student, teacher = self._student.begin(starts, longest), self._teacher.begin(starts, longest)
-        while len(texts.open):
+    def _finish(self, texts: "_Texts", sampling: Sampling, draws: Draws) -> None:
+        student, teacher = (speaker.begin(texts.unfinished(), texts.longest) for speaker in (self._student, self._teacher))
+        while len(texts.open):  # both have read all but the last token of each, always
             steps = min(self.block if self.verify_top_k else 1, texts.most_left)  # with K = 0 the first one is rejected
             chances = texts.chances(draws, steps)
             proposed = self._proposed(student, texts.last, sampling, chances[..., 0])
@@ -121,13 +124,12 @@ class InterleavedWriter:
             rows, kept = texts.take(self._ids[offered], accepted, torch.isin(offered, self._stops))
             student.reader.keep(rows, kept)
             teacher.reader.keep(rows, kept)
-        return texts.completions()
 
     def _proposed(self, student: "_Begun", last: Tensor, sampling: Sampling, chances: Tensor) -> Tensor:
         """[B] last tokens and [B, n] uniforms -> [B, n] indices of the shared axis, on the CPU."""
         token, found = last, []
         for chance in chances.to(student.device).unbind(-1):
-            found.append(choose(student.signal(student.read(token[:, None])[:, 0]).logits, sampling, chance))
+            found.append(draw(student.signal(student.read(token[:, None])[:, 0]).logits, sampling, chance))
             token = self._ids.to(student.device)[found[-1]]
         return torch.stack(found, -1).cpu()
 
@@ -145,10 +147,10 @@ class InterleavedWriter:
             return proposed, accepted
         place = accepted[rejected]
         signal = teacher.signal(hidden[(rejected * steps + place).to(hidden.device)])
-        own = choose(signal.logits, self._teacher_sampling, chances[rejected, place].to(teacher.device))
+        own = draw(signal.logits, self._teacher_sampling, chances[rejected, place].to(teacher.device))
         return proposed.index_put((rejected, place), own.cpu()), accepted
 
-    def _refuse(self, prompts: Sequence[Prompt], limit: int) -> None:
+    def _refuse(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             if not len(prompt.token_ids):
                 raise DataError(
@@ -160,19 +162,6 @@ class InterleavedWriter:
                     f"the prompt of sample {prompt.sample} holds token id {int(unknown[0])}, which the two models do not share",
                     "Remove that token from the data or the chat template, or use a teacher that has it",
                 )
-            for speaker, name in ((self._student, "student"), (self._teacher, "teacher")):
-                if len(prompt.token_ids) + limit > speaker.positions:
-                    raise DataError(
-                        f"the prompt of sample {prompt.sample} has {len(prompt.token_ids)} tokens and max_completion_length is "
-                        f"{limit}, together more than the {name}'s {speaker.positions} positions",
-                        "Lower max_completion_length, or shorten or drop such prompts",
-                    )
-
-
-def replaced_share(completions: Sequence[Completion]) -> tuple[int, int]:
-    """How many tokens a verifier put in the place of the writer's own, and how many there are."""
-    replaced = sum(int(one.replaced.sum()) for one in completions if one.replaced is not None)
-    return replaced, sum(len(one.token_ids) for one in completions)
 
 
 def _shared_stops(ids: Tensor, stop_token_ids: Sequence[int]) -> Tensor:
@@ -187,26 +176,36 @@ def _shared_stops(ids: Tensor, stop_token_ids: Sequence[int]) -> Tensor:
 
 
 class _Texts:
-    """What N texts have so far, and which are still open. Everything on the CPU."""
+    """What N texts have so far, and which are still open. Everything on the CPU.
 
-    def __init__(self, samples: Sequence[int], last: Sequence[int], sampling: Sampling) -> None:
-        shape = (len(samples), sampling.max_completion_length)
+    `open`: [B] numbers of the texts that go on; `last`: [B], their last tokens; `longest`: tokens of the longest one, when all
+    have reached their `limits`, [N] tokens after the prompt.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> None:
+        self._prompts, self._limit = prompts, torch.tensor(limits)
+        self._start = torch.tensor([len(one.token_ids) for one in prompts])
+        self._samples = torch.tensor([one.sample for one in prompts])
+        shape = (len(prompts), max(limits))
         self._tokens, self._replaced = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
         self._count, self._finished = torch.zeros(shape[0], dtype=torch.long), torch.zeros(shape[0], dtype=torch.bool)
-        self._samples, self.last = torch.tensor(samples), torch.tensor(last)  # `last`: of the open ones, not yet read
-        self.open = torch.arange(shape[0])
+        self.open, self.last = torch.arange(shape[0]), torch.tensor([int(one.token_ids[-1]) for one in prompts])
+        self.longest = int((self._start + self._limit).max())
+
+    def unfinished(self) -> list[Tensor]:
+        """The prompts but for their last tokens."""
+        return [one.token_ids[:-1] for one in self._prompts]
 
     @property
     def most_left(self) -> int:
         """Tokens until the last open text reaches its limit."""
-        return self._tokens.shape[1] - int(self._count[self.open].min())
+        return int((self._limit - self._count)[self.open].max())
 
     def chances(self, draws: Draws, steps: int) -> Tensor:
         """[B, steps, 2] uniforms of the next positions: for the proposal, for the replacement."""
-        position = self._count[self.open][:, None] + torch.arange(steps)
+        position = (self._start + self._count)[self.open][:, None] + torch.arange(steps)
         sample = self._samples[self.open][:, None].expand_as(position)
-        found = uniforms(draws.seed, draws.turn, sample.flatten(), position.flatten(), draws=1, stream=_STREAM)
-        return found[:, 0].unflatten(0, position.shape)
+        return uniform_pairs_at(draws, sample.flatten(), position.flatten()).unflatten(0, position.shape)
 
     def take(self, offered: Tensor, accepted: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
         """Appends [B, n] tokens up to the replaced one, a stop token or the limit, whichever is first.
@@ -218,10 +217,10 @@ class _Texts:
         Returns:
             which of the rows go on, [B'], and how many tokens each of them took.
         """
-        steps, limit = offered.shape[1], self._tokens.shape[1]
-        column, count = torch.arange(steps), self._count[self.open]
+        column, count = torch.arange(offered.shape[1]), self._count[self.open]
+        left = self._limit[self.open] - count
         before_stop = (stops.long().cumsum(-1) - stops.long() == 0).sum(-1)  # up to and with the first one
-        kept = torch.stack([accepted + 1, before_stop, limit - count, torch.full_like(count, steps)]).amin(0)
+        kept = torch.stack([accepted + 1, before_stop, left]).amin(0).clamp(max=len(column))
         row, place = (column < kept[:, None]).nonzero(as_tuple=True)
         where = (self.open[row], count[row] + place)
         self._tokens[where] = offered[row, place]
@@ -230,7 +229,7 @@ class _Texts:
         rows = torch.arange(len(kept))
         finished = stops[rows, kept - 1]
         self._finished[self.open] = finished
-        goes_on = (~finished & (count + kept < limit)).nonzero()[:, 0]
+        goes_on = (~finished & (kept < left)).nonzero()[:, 0]
         self.last, self.open = offered[goes_on, kept[goes_on] - 1], self.open[goes_on]
         return goes_on, kept[goes_on]
 
