@@ -12,7 +12,12 @@ _STREAM = 16
 
 def uniforms_at(draws: Draws, samples: Tensor, positions: Tensor) -> Tensor:
     """[N] uniforms in [0, 1), each for one position (in prompt and completion together) of a sample; both [N] int64."""
-    return uniforms(draws.seed, draws.turn, samples, positions, draws=1, stream=_STREAM)[:, 0, 0]
+    return uniform_pairs_at(draws, samples, positions)[:, 0]
+
+
+def uniform_pairs_at(draws: Draws, samples: Tensor, positions: Tensor) -> Tensor:
+    """[N, 2]: that of `uniforms_at`, and an independent one for whoever replaces what was drawn by it."""
+    return uniforms(draws.seed, draws.turn, samples, positions, draws=1, stream=_STREAM)[:, 0]
 
 
 def truncated(logits: Tensor, sampling: Sampling) -> Tensor:

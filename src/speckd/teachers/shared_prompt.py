@@ -258,8 +258,8 @@ def why_not_shared(decoder: Any, longest: int, device: torch.device) -> str | No
         return f"its cache cannot be continued ({type(error).__name__}: {reason})"
     wanted = plain_states(decoder, ids.to(device), mask.to(device))
     own = (sharing.source >= sharing.trunk_ids.numel()) & mask.bool()
-    gap = max(_relative_error(found[row, own[row]], wanted[row, own[row]]) for row in range(len(ids)))
-    if gap <= _tolerance(wanted.dtype):
+    gap = max(relative_error(found[row, own[row]], wanted[row, own[row]]) for row in range(len(ids)))
+    if gap <= rounding_tolerance(wanted.dtype):
         return None
     return f"its hidden states differ by {gap:.1g} when it continues a cache"
 
@@ -279,13 +279,13 @@ def _proof_batch(longest: int, vocabulary: int) -> tuple[Tensor, Tensor]:
     return _padded(rows, "right")
 
 
-def _relative_error(found: Tensor, wanted: Tensor) -> float:
+def relative_error(found: Tensor, wanted: Tensor) -> float:
     """In the root mean square over some tokens: a wrong mask or position moves them all, a rounding error none by much."""
     wanted = wanted.double()
     return float((found.to(wanted.device).double() - wanted).norm() / wanted.norm())
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def rounding_tolerance(dtype: torch.dtype) -> float:
     """Products in half precision, or in TF32, round differently in batches of another shape."""
     exact = dtype in (torch.float32, torch.float64) and torch.get_float32_matmul_precision() == "highest"
     return 1e-4 if exact else 3e-2
