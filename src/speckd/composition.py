@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from speckd.arguments import SpecKDConfig
 from speckd.config import MethodConfig
 from speckd.moving import Clock, MovingObjective
 from speckd.objective import Objective
@@ -21,13 +22,31 @@ def composition(settings: Settings) -> Iterator[str]:
     args, moving = settings.training, settings.training.moving_objective()
     objective = moving.at(Clock(0, 0), {})
     yield f"method      {f'recipe {settings.recipe}' if settings.recipe else 'your own composition'}: {named(args)}"
-    yield f"sequences   (x, y) ~ {settings.run.dataset_name or 'the data (dataset_name is not set)'}, as it is written there"
+    data = settings.run.dataset_name or "the data (dataset_name is not set)"
+    yield f"sequences   (x, y) ~ {data}{'; ' if args.writes else ', as it is written there'}{_written(args)}"
     if objective.needs_teacher:
         yield f"teacher     p_t = p(· | x, y_<t), by {args.teacher}; student q_t = q(· | x, y_<t)"
-    loss, *more = formulas(objective)
-    yield f"loss        {loss}"
-    yield from (f"            {line}" for line in more)
+    yield from _loss("loss        ", objective)
+    if args.writes and args.student_text_objective(objective) != objective:
+        yield from _loss("on written  ", args.student_text_objective(objective))
     yield from moves(moving)
+
+
+def _loss(name: str, objective: Objective) -> Iterator[str]:
+    loss, *more = formulas(objective)
+    yield f"{name}{loss}"
+    yield from (f"            {line}" for line in more)
+
+
+def _written(args: SpecKDConfig) -> str:
+    """Who writes y, in the paper's letters."""
+    if not args.writes:
+        return ""
+    rule = "y_t ~ q_t"
+    if args.sequence_source == "interleaved":
+        rule = f"y_t ~ q_t, replaced by y_t ~ p_t where y_t ∉ Top-{args.interleaved_top_k}(p_t)"
+    again = f", or one of the last {args.replay_capacity} written" if args.sequence_source == "replay" else ""
+    return f"{args.described_source} ({rule}{again})"
 
 
 def named(args: MethodConfig) -> str:

@@ -10,7 +10,7 @@ from speckd.sources.mixture import Mixture
 from speckd.sources.writer import Sampling
 
 #: Whose words are trained on.
-SOURCES = ("dataset", "student", "replay", "paired")
+SOURCES = ("dataset", "student", "replay", "paired", "interleaved")
 
 
 @dataclass
@@ -21,7 +21,8 @@ class SequenceConfig:
         default="dataset",
         metadata={
             "help": "whose completions are trained on: dataset; student (written anew in each step); replay (also those of "
-            "earlier steps, DistiLLM); or paired (the data's and, beside it, the student's, DistiLLM-2)"
+            "earlier steps, DistiLLM); paired (the data's and, beside it, the student's, DistiLLM-2); or interleaved (the "
+            "student proposes each token, and the teacher replaces what is not in its top-K, SKD)"
         },
     )
     on_policy_fraction: float = field(default=1.0, metadata={"help": "share of the samples that the student writes"})
@@ -38,6 +39,12 @@ class SequenceConfig:
         default=1.0, metadata={"help": "write only with the tokens that make up this share; 1 is all"}
     )
     max_completion_length: int = field(default=256, metadata={"help": "tokens of a written completion, at most"})
+    interleaved_top_k: int = field(
+        default=25, metadata={"help": "of interleaved text: a proposal is kept among so many of the teacher's most probable"}
+    )
+    interleaved_block: int = field(
+        default=5, metadata={"help": "tokens that are proposed before the teacher is asked; changes no text"}
+    )
     student_text_divergence: str | None = field(
         default=None, metadata={"help": "the divergence on text that the student wrote; by default, divergence"}
     )
@@ -70,7 +77,8 @@ class SequenceConfig:
         end = "" if self.on_policy_fraction_end is None else f" to {self.on_policy_fraction_end:.0%}"
         beside = "beside" if self.sequence_source == "paired" else "in the place of"
         again = ", partly replayed" if self.sequence_source == "replay" else ""
-        return f"the student's text {beside} the data's for {self.on_policy_fraction:.0%}{end} of the samples{again}"
+        whose = "text by student and teacher in turn" if self.sequence_source == "interleaved" else "the student's text"
+        return f"{whose} {beside} the data's for {self.on_policy_fraction:.0%}{end} of the samples{again}"
 
     def mixture(self, seed: int) -> Mixture:
         return Mixture(seed, self.on_policy_fraction, self.on_policy_fraction_end)
@@ -115,6 +123,9 @@ class SequenceConfig:
                 f"collapse_threshold is {self.collapse_threshold} and collapse_patience {self.collapse_patience}",
                 "Give a share above 0, up to 1, and a number of steps (0 switches the alarm off)",
             )
+        for key, least in (("interleaved_top_k", 0), ("interleaved_block", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"{key} is {getattr(self, key)}", f"Use {least} or more")
         if self.replay_capacity < 1:
             raise ConfigError(f"replay_capacity is {self.replay_capacity}", "Keep at least 1 completion")
         self.sampling  # noqa: B018  (checks itself)

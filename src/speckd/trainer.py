@@ -60,6 +60,7 @@ from speckd.on_policy import WRITTEN, StepClock, StudentText, longest_prompt
 from speckd.origins import loss_by_origin
 from speckd.reference_model import reference_source
 from speckd.sources.completions import CollapseWatch
+from speckd.sources.interleaved import InterleavedWriter
 from speckd.sources.mixture import AdaptiveFraction
 from speckd.sources.model_writer import ModelWriter, stop_ids
 from speckd.sources.replay import ReplayBuffer
@@ -331,14 +332,9 @@ class SpecKDTrainer(SFTTrainer):
             raise ConfigError(f"a prompt has {prompt} tokens, and the models {positions} positions", "Lower max_length")
         longest = prompt + args.max_completion_length
         self.longest_row["written"] = longest if positions is None else min(longest, positions)
-        if writer is None:
-            student = self.student
-            unshared = self._training_vocabulary.outside(student.get_output_embeddings().weight.shape[0])
-            stops = stop_ids(student, self.processing_class)
-            writer = ModelWriter(student, stops, unshared, positions, self.accelerator.autocast)
         self.add_callback(self._clock)
         return StudentText(
-            writer,
+            writer or self._own_writer(positions),
             args.sampling,
             args.mixture(args.seed),
             lambda examples: self._prepare_inputs(self.data_collator(examples)),
@@ -347,6 +343,28 @@ class SpecKDTrainer(SFTTrainer):
             ReplayBuffer(args.replay_capacity) if args.sequence_source == "replay" else None,
             args.sequence_source == "paired",
             AdaptiveFraction(args.on_policy_fraction) if args.adaptive_on_policy else None,
+        )
+
+    def _own_writer(self, positions: int | None) -> Writer:
+        """The student in this process, its teacher beside it where text is interleaved."""
+        student, args = self.student, self.args
+        stops = stop_ids(student, self.processing_class)
+        if args.sequence_source != "interleaved":
+            unshared = self._training_vocabulary.outside(student.get_output_embeddings().weight.shape[0])
+            return ModelWriter(student, stops, unshared, positions, self.accelerator.autocast)
+        if not isinstance(self.source, ModelSource) or self.shards:
+            raise ConfigError(
+                "sequence_source: interleaved asks one teacher about every token, whole and in this process",
+                "Set teacher: model and teacher_model_name_or_path, without teacher_sharding",
+            )
+        return InterleavedWriter(
+            student,
+            self.source.model,
+            self.vocabulary,
+            stops,
+            args.interleaved_top_k,
+            args.interleaved_block,
+            student_context=self.accelerator.autocast,
         )
 
     def _positions(self) -> int | None:

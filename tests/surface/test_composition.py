@@ -41,6 +41,14 @@ def test_sums_are_bracketed_and_letters_explained(tmp_path: Path, capsys) -> Non
     assert shown(tmp_path, capsys, "--recipe", "sft").count("−log q_t(y_t)") == 1
 
 
+def test_whose_text_it_is(tmp_path: Path, capsys) -> None:
+    said = shown(tmp_path, capsys, "--recipe", "skd", "--dataset_name", "data.jsonl")
+    assert "(x, y) ~ data.jsonl; text by student and teacher" in said and "y_t ∉ Top-25(p_t)" in said
+    said = shown(tmp_path, capsys, "--recipe", "distillm-2+speckd")
+    own = next(line for line in said.splitlines() if line.startswith("on written"))
+    assert "KL(q_t" in own and "KL(p_t" in next(line for line in said.splitlines() if line.startswith("loss"))
+
+
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_shipped_recipe_states_its_formula(recipe: str) -> None:
     import yaml

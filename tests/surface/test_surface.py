@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_names_are_frozen() -> None:
     assert recipe_names() == (
         "abkd akl distillm distillm-2 distillspec gkd imitkd jsd kd label-ratio lk-alpha lk-hybrid paper-v1 paper-v2-spec "
-        "paper-v2-top-k reverse-kl seqkd sft speckd taid todi top-k-label total-variation ungated".split()
+        "paper-v2-top-k reverse-kl seqkd sft skd speckd taid todi top-k-label total-variation ungated".split()
     )
     assert sorted(GATES) == (
         "entropy_gap entropy_weight excess_divergence excess_label_loss expected_spec hellinger inverted label_in_top_k "
@@ -44,7 +44,8 @@ def test_names_are_frozen() -> None:
         "teacher_server_timeout_s teacher_server_patience_s teacher_prefetch "
         "teacher_device share_teacher_prompt early_rejection loss_memory_budget "
         "scrambled_teacher_fraction max_dropped_mass loss_chunk_size gate_seed starvation_threshold starvation_patience "
-        "sequence_source on_policy_fraction on_policy_fraction_end adaptive_on_policy replay_capacity sampling_temperature "
+        "sequence_source on_policy_fraction on_policy_fraction_end adaptive_on_policy replay_capacity interleaved_top_k "
+        "interleaved_block sampling_temperature "
         "sampling_top_k sampling_top_p max_completion_length student_text_divergence student_text_divergence_options "
         "student_text_rejected collapse_threshold collapse_patience log_completions".split()
     )
@@ -69,6 +70,7 @@ def test_recipes_are_what_they_say(tmp_path) -> None:
         "paper-v2-spec": ("spec", "down_weight", "forward_kl", "valid", 0.0),
         "paper-v2-top-k": ("top_k", "down_weight", "forward_kl", "valid", 0.0),
         "sft": ("none", "mask", "forward_kl", "valid", 1.0),
+        "skd": ("none", "mask", "forward_kl", "valid", 0.0),
         "top-k-label": ("top_k", "label", "forward_kl", "valid", 0.0),
         "ungated": ("none", "mask", "forward_kl", "valid", 0.0),
         "abkd": ("none", "mask", "alpha_beta", "valid", 0.0),

@@ -60,6 +60,8 @@ FORMULAS: dict[str, tuple[Distance, Distance]] = {
     "imitkd": (forward_kl, forward_kl),
     "gkd": (generalized_jsd, generalized_jsd),
     "distillm": (skewed_reverse_kl, skewed_reverse_kl),
+    # SKD, 2410.11325, Algorithm 1: D(M_t ‖ M_s) at every token of the interleaved text.
+    "skd": (forward_kl, forward_kl),
     # DistiLLM-2, 2503.07067: D_SKL(α)(x, y_teacher; p‖q) + D_SRKL(α)(x, y_student; p‖q).
     "distillm-2": (skewed_forward_kl, skewed_reverse_kl),
 }
