@@ -13,6 +13,7 @@ from trl import SFTConfig
 from speckd.config import MethodConfig, Options, nearest
 from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
+from speckd.sources.writer import Sampling
 from speckd.teachers.placement import existing_device
 from speckd.teachers.sharding import SHARDINGS
 
@@ -124,6 +125,14 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         default=None, metadata={"help": "the tokens themselves, instead of loss_memory_budget; changes no result"}
     )
     gate_seed: int | None = field(default=None, metadata={"help": "seed of the gate's draws; by default, seed"})
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "of text that a model writes; 0: always its most probable token"}
+    )
+    sampling_top_k: int = field(default=0, metadata={"help": "of text that a model writes: draw among so many tokens; 0: all"})
+    sampling_top_p: float = field(
+        default=1.0, metadata={"help": "of text that a model writes: draw among the fewest tokens with this probability"}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "tokens that a model writes, at most"})
     starvation_threshold: float = field(default=0.1, metadata={"help": "warn when the acceptance rate stays below this"})
     starvation_patience: int = field(default=50, metadata={"help": "for so many steps in a row"})
     # Other defaults than TRL's.
@@ -147,6 +156,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             self.greater_is_better = not any(f"_{best}".endswith(f"_{name}") for name in LOWER_IS_BETTER)
         super().__post_init__()
         self._refuse_contradictions()
+        self.sampling()
         self.objective()  # an unknown name or option is an error now, not after the models are loaded
 
     def _refuse_contradictions(self) -> None:
@@ -307,6 +317,14 @@ class SpecKDConfig(MethodConfig, SFTConfig):
                 "Write it into quantization_config",
             )
         return shortcuts
+
+    def sampling(self) -> Sampling:
+        """How text is written.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+        return Sampling(self.sampling_temperature, self.sampling_top_k, self.sampling_top_p, self.max_completion_length)
 
     @property
     def effective_gate_seed(self) -> int:

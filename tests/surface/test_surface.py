@@ -18,7 +18,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_names_are_frozen() -> None:
-    assert recipe_names() == ["label-ratio", "paper-v1", "paper-v2-spec", "paper-v2-top-k", "sft", "top-k-label", "ungated"]
+    assert recipe_names() == [
+        "label-ratio",
+        "paper-v1",
+        "paper-v2-spec",
+        "paper-v2-top-k",
+        "seqkd",
+        "sft",
+        "top-k-label",
+        "ungated",
+    ]
     assert sorted(GATES) == (
         "expected_spec inverted label_in_top_k label_ratio matched_random none random spec top_k two_sided".split()
     )
@@ -36,6 +45,7 @@ def test_names_are_frozen() -> None:
         "teacher_server_urls teacher_server_api teacher_server_model teacher_server_concurrency teacher_server_tokens "
         "teacher_server_timeout_s teacher_server_patience_s teacher_prefetch "
         "teacher_device share_teacher_prompt early_rejection loss_memory_budget "
+        "sampling_temperature sampling_top_k sampling_top_p max_completion_length "
         "scrambled_teacher_fraction max_dropped_mass loss_chunk_size gate_seed starvation_threshold starvation_patience".split()
     )
     assert {f.name for f in dataclasses.fields(RunArguments)} == set(
@@ -54,6 +64,7 @@ def test_recipes_are_what_they_say(tmp_path) -> None:
         "paper-v1": ("top_k", "mask", "forward_kl", "valid", 0.0),
         "paper-v2-spec": ("spec", "down_weight", "forward_kl", "valid", 0.0),
         "paper-v2-top-k": ("top_k", "down_weight", "forward_kl", "valid", 0.0),
+        "seqkd": ("none", "mask", "forward_kl", "valid", 1.0),
         "sft": ("none", "mask", "forward_kl", "valid", 1.0),
         "top-k-label": ("top_k", "label", "forward_kl", "valid", 0.0),
         "ungated": ("none", "mask", "forward_kl", "valid", 0.0),
