@@ -13,7 +13,7 @@ from trl import SFTConfig
 from speckd.config import MethodConfig, Options, nearest
 from speckd.engine import default_chunk_size
 from speckd.errors import ConfigError
-from speckd.sources.writer import Sampling
+from speckd.sequence_config import SequenceConfig
 from speckd.teachers.placement import existing_device
 from speckd.teachers.sharding import SHARDINGS
 
@@ -26,7 +26,7 @@ LOWER_IS_BETTER = {"loss", "nll", "kl", "kl_at_least"}
 
 
 @dataclass
-class SpecKDConfig(MethodConfig, SFTConfig):
+class SpecKDConfig(MethodConfig, SequenceConfig, SFTConfig):
     """`SFTConfig` with the method and the teacher. What is unset behaves as in TRL, but for what is listed here.
 
     bfloat16 is used where a GPU offers it and nobody said otherwise (TRL: always); non-finite losses are never hidden from the
@@ -41,6 +41,7 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         "gate_options",
         "rejected_options",
         "divergence_options",
+        "student_text_divergence_options",
     ]
 
     output_dir: str | None = field(default=None, metadata={"help": "where the student, its card and its log are written"})
@@ -125,14 +126,6 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         default=None, metadata={"help": "the tokens themselves, instead of loss_memory_budget; changes no result"}
     )
     gate_seed: int | None = field(default=None, metadata={"help": "seed of the gate's draws; by default, seed"})
-    sampling_temperature: float = field(
-        default=1.0, metadata={"help": "of text that a model writes; 0: always its most probable token"}
-    )
-    sampling_top_k: int = field(default=0, metadata={"help": "of text that a model writes: draw among so many tokens; 0: all"})
-    sampling_top_p: float = field(
-        default=1.0, metadata={"help": "of text that a model writes: draw among the fewest tokens with this probability"}
-    )
-    max_completion_length: int = field(default=256, metadata={"help": "tokens that a model writes, at most"})
     starvation_threshold: float = field(default=0.1, metadata={"help": "warn when the acceptance rate stays below this"})
     starvation_patience: int = field(default=50, metadata={"help": "for so many steps in a row"})
     # Other defaults than TRL's.
@@ -156,11 +149,11 @@ class SpecKDConfig(MethodConfig, SFTConfig):
             self.greater_is_better = not any(f"_{best}".endswith(f"_{name}") for name in LOWER_IS_BETTER)
         super().__post_init__()
         self._refuse_contradictions()
-        self.sampling()
         self.objective()  # an unknown name or option is an error now, not after the models are loaded
 
     def _refuse_contradictions(self) -> None:
         self._check_teacher()
+        self._check_sequences()
         if self.use_liger_kernel:
             raise ConfigError("use_liger_kernel: it replaces the loss that speckd computes", "Remove it")
         if self.loss_type != "nll" or self.label_smoothing_factor:
@@ -215,6 +208,32 @@ class SpecKDConfig(MethodConfig, SFTConfig):
         if self.teacher == "cache" and self.teacher_cache_dir is None:
             raise ConfigError(
                 "teacher is cache, but teacher_cache_dir is not set", "Name the folder that 'speckd cache' filled"
+            )
+
+    def _check_sequences(self) -> None:
+        self.refuse_contradicting_sequences()
+        if not self.writes:
+            return
+        if self.teacher == "cache":
+            raise ConfigError(
+                f"sequence_source: {self.sequence_source}: a cached teacher knows nothing of text that is written in training",
+                "Set teacher: model or server, or sequence_source: dataset",
+            )
+        if self.packing or self.padding_free:
+            raise ConfigError(
+                f"sequence_source: {self.sequence_source}: packing and padding_free are not supported with written text",
+                "Set both to false",
+            )
+        objective = self.objective()
+        if not objective.needs_teacher:
+            raise ConfigError(
+                f"label_loss_weight: 1 (SFT) with sequence_source: {self.sequence_source}: the student's own text has no label",
+                "Lower label_loss_weight, or set sequence_source: dataset",
+            )
+        self.student_text_objective(objective)
+        if self.adaptive_on_policy and self.eval_strategy == "no":
+            raise ConfigError(
+                "adaptive_on_policy needs the held-out loss in training", "Set eval_strategy: steps (and eval_dataset)"
             )
 
     def _refuse_contradicting_teachers(self) -> None:
@@ -317,14 +336,6 @@ class SpecKDConfig(MethodConfig, SFTConfig):
                 "Write it into quantization_config",
             )
         return shortcuts
-
-    def sampling(self) -> Sampling:
-        """How text is written.
-
-        Raises:
-            ConfigError: naming the setting.
-        """
-        return Sampling(self.sampling_temperature, self.sampling_top_k, self.sampling_top_p, self.max_completion_length)
 
     @property
     def effective_gate_seed(self) -> int:

@@ -72,9 +72,9 @@ class MethodConfig:
 
     def objective(self) -> Objective:
         return Objective(
-            gate=_gate(self.gate, _mapping("gate_options", self.gate_options)),
-            rejected=_build("rejected", REJECTED, self.rejected, "rejected_options", self.rejected_options),
-            divergence=_build("divergence", DIVERGENCES, self.divergence, "divergence_options", self.divergence_options),
+            gate=_gate(self.gate, mapping("gate_options", self.gate_options)),
+            rejected=build("rejected", REJECTED, self.rejected, "rejected_options", self.rejected_options),
+            divergence=build("divergence", DIVERGENCES, self.divergence, "divergence_options", self.divergence_options),
             normalizer=self.normalizer,
             label_loss_weight=self.label_loss_weight,
             divergence_temperature=self.divergence_temperature,
@@ -91,13 +91,14 @@ def _gate(name: str, options: dict[str, Any]) -> Any:
     if name in ("inverted", "matched_random") and isinstance(options.get("gate"), str):
         inner = _gate(options["gate"], {key: value for key, value in options.items() if key != "gate"})
         return GATES[name](inner)
-    return _build("gate", GATES, name, "gate_options", options)
+    return build("gate", GATES, name, "gate_options", options)
 
 
-def _build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_key: str, options: Options | None) -> Any:
+def build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_key: str, options: Options | None) -> Any:
+    """The piece of a name with its options; `key` and `options_key` are where they stand, for messages."""
     if name not in known:
         raise ConfigError(f"{key}: '{name}' is not a {key}", nearest(str(name), list(known)))
-    build, given = known[name], _mapping(options_key, options)
+    build, given = known[name], mapping(options_key, options)
     valid = {f.name: f.type for f in fields(build)} if is_dataclass(build) else {}
     for option, value in given.items():
         if option not in valid:
@@ -112,7 +113,8 @@ def _build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options
     return build(**given)
 
 
-def _mapping(key: str, options: Options | None) -> dict[str, Any]:
+def mapping(key: str, options: Options | None) -> dict[str, Any]:
+    """Options as they are given, a mapping or JSON."""
     if isinstance(options, str):
         try:
             options = json.loads(options)

@@ -1,6 +1,7 @@
 """What a user can mend, in one line: what is wrong and where, then the fix. The command line prints it and exits with a code.
 
-Exit codes: 2, a mistake to mend first; 4, the teacher's servers are lost, and the run can be resumed once they are back.
+Exit codes: 2, a mistake to mend first; 4, the teacher's servers are lost, and the run can be resumed once they are back; 5,
+what the student writes has collapsed, and the run was stopped with a checkpoint.
 """
 
 
@@ -47,3 +48,9 @@ class TeacherLostError(SpeckdError):
     """No teacher's server answers, or none whose answers can be trusted. What was learnt until then stands."""
 
     exit_code = 4
+
+
+class CollapseError(SpeckdError):
+    """What the student writes is no text to learn from any more: it repeats itself, never ends, or is empty."""
+
+    exit_code = 5

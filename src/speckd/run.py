@@ -28,7 +28,7 @@ from speckd.checks import (
     several_teachers,
 )
 from speckd.data import is_conversational, load_data
-from speckd.errors import ConfigError, TeacherLostError
+from speckd.errors import CollapseError, ConfigError, TeacherLostError
 from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.settings import DEFAULT_RECIPE, METHOD_KEYS, Settings, load_settings, student_options
@@ -78,6 +78,10 @@ def _trained(settings: Settings, trainer: SpecKDTrainer, output: Path, checkpoin
         end = _measured(trainer)
     except TeacherLostError as error:
         raise _saved(trainer, error) from error
+    except CollapseError as error:
+        folder = save_checkpoint(trainer)
+        where = f"; step {trainer.state.global_step}, the last before the stop, is saved in {folder}" if folder else ""
+        raise CollapseError(f"{error.what}{where}", error.fix) from error
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         _publish(settings, trainer, output, start, end)

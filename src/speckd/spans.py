@@ -11,6 +11,7 @@ from torch.profiler import record_function
 PREFIX = "speckd: "
 
 DATA = PREFIX + "data"
+GENERATION = PREFIX + "generation"
 TEACHER_FORWARD = PREFIX + "teacher forward"
 STUDENT_FORWARD = PREFIX + "student forward"
 HEAD_AND_LOSS = PREFIX + "heads and loss"

@@ -7,6 +7,7 @@ gradient accumulation, on all processes.
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +54,14 @@ from speckd.head import LMHead, check_head
 from speckd.lookahead import Lookahead
 from speckd.metrics import AcceptanceTally, StarvationWatch
 from speckd.objective import Objective
-from speckd.spans import DATA, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, span
+from speckd.on_policy import WRITTEN, StepClock, StudentText, longest_prompt
+from speckd.origins import loss_by_origin
+from speckd.sources.completions import CollapseWatch
+from speckd.sources.mixture import AdaptiveFraction
+from speckd.sources.model_writer import ModelWriter, stop_ids
+from speckd.sources.replay import ReplayBuffer
+from speckd.sources.writer import Writer
+from speckd.spans import DATA, GENERATION, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, span
 from speckd.teachers import ScrambledTeacher
 from speckd.teachers.base import BaseSource
 from speckd.teachers.model import ModelSource, on_device
@@ -69,7 +77,7 @@ from speckd.types import Capabilities, TeacherRows
 logger = logging.getLogger(__name__)
 
 #: What belongs to the loss and not to a model's forward.
-_NOT_FOR_THE_MODEL = {"labels", SAMPLE, EXAMPLE, TEACHER}
+_NOT_FOR_THE_MODEL = {"labels", SAMPLE, EXAMPLE, TEACHER, WRITTEN}
 
 
 def load_teacher(name: str, args: SpecKDConfig, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -110,6 +118,7 @@ class SpecKDTrainer(SFTTrainer):
         peft_config, callbacks, optimizers, quantization_config: as of `SFTTrainer`.
         objective: by default, what `args` describes.
         teacher_source: a teacher that is no model in this process (`speckd.teachers`), in the place of `teacher_model`.
+        writer: who writes where `sequence_source` asks for written text; by default, the student in this process.
 
     Raises:
         SpeckdError: models, data or settings that do not fit together, before the first step.
@@ -135,6 +144,7 @@ class SpecKDTrainer(SFTTrainer):
         quantization_config: Any = None,
         objective: Objective | None = None,
         teacher_source: TeacherSource | None = None,
+        writer: Writer | None = None,
     ) -> None:
         if args is None:
             raise ConfigError("SpecKDTrainer was given no args", "Pass args=SpecKDConfig(output_dir=...)")
@@ -193,6 +203,9 @@ class SpecKDTrainer(SFTTrainer):
         self._how = args.chunk_size(self._training_vocabulary.size), early
         self._check_models()
         self._check_data()
+        self._clock = StepClock(self._step_made)
+        self.student_text = self._writing(writer) if args.writes else None
+        self._student_objective = args.student_text_objective(self.objective) if args.writes else self.objective
         for source in self.model_sources:
             source.sharing = self._prompt_sharing(source)
         self._tally, self._watch = AcceptanceTally(), StarvationWatch(args.starvation_threshold, args.starvation_patience)
@@ -284,6 +297,39 @@ class SpecKDTrainer(SFTTrainer):
             f"metric_for_best_model: {best} is not among what is measured with this teacher",
             f"Set metric_for_best_model: {bound}" if bound in given else f"Take one of {', '.join(given)}",
         )
+
+    def _writing(self, writer: Writer | None) -> StudentText:
+        """What replaces completions of the data by written ones."""
+        args, prompt = self.args, longest_prompt(self.train_dataset, "train")
+        positions = self._positions()
+        if positions is not None and prompt >= positions:
+            raise ConfigError(f"a prompt has {prompt} tokens, and the models {positions} positions", "Lower max_length")
+        longest = prompt + args.max_completion_length
+        self.longest_row["written"] = longest if positions is None else min(longest, positions)
+        if writer is None:
+            student = self.student
+            unshared = self._training_vocabulary.outside(student.get_output_embeddings().weight.shape[0])
+            stops = stop_ids(student, self.processing_class)
+            writer = ModelWriter(student, stops, unshared, positions, self.accelerator.autocast)
+        self.add_callback(self._clock)
+        return StudentText(
+            writer,
+            args.sampling,
+            args.mixture(args.seed),
+            lambda examples: self._prepare_inputs(self.data_collator(examples)),
+            gather_object,
+            CollapseWatch(args.collapse_threshold, args.collapse_patience),
+            ReplayBuffer(args.replay_capacity) if args.sequence_source == "replay" else None,
+            args.sequence_source == "paired",
+            AdaptiveFraction(args.on_policy_fraction) if args.adaptive_on_policy else None,
+        )
+
+    def _positions(self) -> int | None:
+        """Of the model in this process that has the fewest."""
+        models = [self.student, self.teacher, *self.teachers.values()]
+        configs = [model.config.get_text_config() for model in models if model is not None]
+        found = [getattr(config, "max_position_embeddings", None) for config in configs]
+        return min((number for number in found if number is not None), default=None)
 
     def _prompt_sharing(self, source: ModelSource) -> PromptSharing | None:
         """How the teacher computes a start that several rows share once; None where that cannot be, said if it was wanted."""
@@ -412,8 +458,10 @@ class SpecKDTrainer(SFTTrainer):
         """TRL's own; where the teacher has to be fetched, it hears of the batches ahead."""
         loader = super().get_train_dataloader()
         depth = self.args.teacher_prefetch * self.args.gradient_accumulation_steps
-        if not isinstance(self.source, ServedSource) or not self.objective.needs_teacher or not depth:
+        served = isinstance(self.source, ServedSource) and self.objective.needs_teacher
+        if not served or not depth or self.args.writes:  # of what will be written nobody knows yet
             return loader
+        assert isinstance(self.source, ServedSource)
         ahead = Lookahead(
             self.train_dataset,
             SAMPLE,
@@ -437,16 +485,32 @@ class SpecKDTrainer(SFTTrainer):
         """The step's micro-batches, and how many supervised tokens they hold on all processes."""
         if self._logged_step is None or self._logged_step > self.state.global_step:
             self._logged_step = self.state.global_step  # where training starts or resumes
+        self._clock.begin()
         with span(DATA):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._mask_repeated_rows(batches)
+            lost = None
+            if self.student_text is not None:
+                with span(GENERATION):
+                    batches, lost = self.student_text.rewrite(batches, self.state.global_step, self.state.max_steps)
             rows = [self._rows(batch) for batch in batches]
-            asked = zip(batches, rows, strict=True) if self.objective.needs_teacher else ()
-            lost = self._settle([self._question(*each) for each in asked])
+            asked = zip(batches, rows, strict=True) if self.objective.needs_teacher and lost is None else ()
+            lost = lost or self._settle([self._question(*each) for each in asked])
             count = torch.tensor([sum(map(len, rows)), lost is not None], device=device)
             count, losers = self.accelerator.reduce(count, "sum").unbind()
             self._stop_where_lost(lost, int(losers))
+            self._stop_where_collapsed()
             return batches, count
+
+    def _stop_where_collapsed(self) -> None:
+        """Before the step is trained on; all processes count the same, and so stop together."""
+        if self.student_text is not None:
+            everyones = self.student_text.step_counts.float().to(self.accelerator.device)
+            self.student_text.judge(self.accelerator.reduce(everyones, "sum").double().cpu())
+
+    def _step_made(self) -> None:
+        if self.student_text is not None:
+            self.student_text.commit()
 
     def _settle(self, questions: list[Question]) -> SpeckdError | None:
         """Waits for the teacher before a step; what it raised, for all processes must hear of it."""
@@ -508,12 +572,21 @@ class SpecKDTrainer(SFTTrainer):
             with span(HEAD_AND_LOSS):
                 head = self._training_vocabulary.restrict(LMHead.from_model(student))
                 teacher = self._answers(pending, inputs)  # after the student's forward: two devices work at the same time
-                seen["output"] = distillation_loss(self.objective, hidden.flatten(0, 1), head, teacher, rows, *self._how)
+                seen["output"] = self._loss(inputs, hidden.flatten(0, 1), head, teacher, rows)
             return {"loss": seen["output"].sum}
 
         with self.accelerator.autocast():
             call_through(model, student, loss, _model_inputs(inputs))
         return seen["output"]
+
+    def _loss(
+        self, inputs: dict[str, Any], hidden: Tensor, head: LMHead, teacher: TeacherRows | None, rows: SupervisedRows
+    ) -> LossOutput:
+        """By whose text each row is."""
+        if WRITTEN not in inputs or self._student_objective == self.objective:
+            return distillation_loss(self.objective, hidden, head, teacher, rows, *self._how)
+        written = inputs[WRITTEN][rows.index // inputs["input_ids"].shape[1]]
+        return loss_by_origin(self.objective, self._student_objective, written, hidden, head, teacher, rows, *self._how)
 
     def _question(self, inputs: dict[str, Any], rows: SupervisedRows) -> Question:
         return Question(_model_inputs(inputs), as_token_batch(inputs, inputs["labels"]), rows, inputs.get(TEACHER))
@@ -539,6 +612,16 @@ class SpecKDTrainer(SFTTrainer):
         )
 
     # ---- one division by the whole step's count ------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.student_text is not None and self.is_world_process_zero():
+            self.student_text.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.student_text is not None:
+            self.student_text.load(Path(resume_from_checkpoint))
 
     def _finish_step(self, model: Any) -> None:
         """With normalizer "weight" the count is known only after the last micro-batch: gradients are rescaled to it here."""
@@ -593,6 +676,10 @@ class SpecKDTrainer(SFTTrainer):
         computed, whole = self.accelerator.reduce(positions.to(self.accelerator.device), "sum").tolist()
         if whole:
             metrics["teacher_computed"] = computed / whole
+        if self.student_text is not None:
+            sums = self.student_text.window_sums(self._clock.taken()).float().to(self.accelerator.device)
+            metrics |= self.student_text.metrics(self.accelerator.reduce(sums, "sum").double().cpu())
+            self._show_completion()
         if "tar" in metrics and self.is_world_process_zero():
             warning = self._watch.update(metrics["tar"], self.state.global_step - (self._logged_step or 0))
             if warning:
@@ -600,6 +687,13 @@ class SpecKDTrainer(SFTTrainer):
                 logger.warning("%s", warning)
         self._logged_step = self.state.global_step
         return metrics
+
+    def _show_completion(self) -> None:
+        if self.args.log_completions and self.student_text is not None and self.student_text.last is not None:
+            last, self.student_text.last = self.student_text.last, None
+            ids = (last.prompt.token_ids, last.completion.token_ids)
+            prompt, completion = (self.processing_class.decode(each) for each in ids)
+            logger.info("Step %d, row %d: %r → %r", last.step + 1, last.prompt.sample + 1, prompt, completion)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -626,6 +720,8 @@ class SpecKDTrainer(SFTTrainer):
         metrics = {"loss": float(loss[0] / loss[1])} if loss[1] else {}
         metrics |= sums.result(None if self.source is None else self.source.capabilities)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        if self.student_text is not None and self.student_text.adaptive is not None and "eval_loss" in metrics:
+            self.student_text.adaptive.hear(metrics["eval_loss"])
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

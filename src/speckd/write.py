@@ -11,11 +11,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 from tqdm import tqdm
 
 from speckd import provenance
@@ -31,10 +30,11 @@ from speckd.checks import (
 from speckd.data import load_prompts
 from speckd.errors import ConfigError, DataError
 from speckd.parts import Parts, manifest_of
-from speckd.randomness import uniforms
 from speckd.round_trip import Rendering, with_template
 from speckd.run import say_things_once
 from speckd.settings import Settings, load_settings
+from speckd.sources.completions import repeats
+from speckd.sources.model_writer import ModelWriter
 from speckd.sources.server_writer import ServerWriter
 from speckd.sources.writer import Completion, Draws, Prompt, Sampling, Writer
 from speckd.teachers.client import Load
@@ -45,9 +45,6 @@ logger = logging.getLogger(__name__)
 
 #: Completions in a part: what is lost when a run is killed, and what one process works on.
 PART_COMPLETIONS = 256
-_STREAM = 6  # of the sampling's draws, apart from the gates'
-#: A completion whose last tokens are so many times the same, and so many at least, has lost its thread.
-_TIMES, _LONG = 4, 16
 
 
 @dataclass(frozen=True)
@@ -67,12 +64,6 @@ class Job:
     row: int
     prompt_ids: list[int]
     turn: int
-
-
-class OpenWriter(Writer, Protocol):
-    """One that holds something to be let go."""
-
-    def close(self) -> None: ...
 
 
 def write(config: Path | None, recipe: str | None, flags: list[str], writing: Writing) -> Path:
@@ -178,7 +169,7 @@ def _part(
     found: dict[int, dict[str, Any]] = {}
     for turn, places in _batches(jobs, writer.at_once(batch)):
         prompts = [Prompt(torch.tensor(jobs[place].prompt_ids), jobs[place].row) for place in places]
-        written = writer.write(prompts, args.sampling(), Draws(args.seed, turn))
+        written = writer.write(prompts, args.sampling, Draws(args.seed, turn))
         for place, one in zip(places, written, strict=True):
             found[place] = _record(rendering, _present(rows[jobs[place].row]), jobs[place], one)
         bar.update(len(places))
@@ -202,18 +193,9 @@ def _record(rendering: Rendering, asked: dict[str, Any], job: Job, written: Comp
         "tokens": len(ids),
         "truncated": not written.finished,
         "empty": not said,
-        "repeating": repeats_itself(said),
+        "repeating": repeats(written.token_ids),
         "changed": not rendering.survives(row, job.prompt_ids, written),
     }
-
-
-def repeats_itself(ids: Sequence[int]) -> bool:
-    """Does it end in a loop: at least `_LONG` tokens, the same few over and over, `_TIMES` times or more?"""
-    for period in range(1, len(ids) // _TIMES + 1):
-        tail = ids[-max(_TIMES * period, _LONG) :]
-        if len(tail) >= _LONG and all(a == b for a, b in zip(tail, tail[period:], strict=False)):
-            return True
-    return False
 
 
 # ---- what is kept and said -------------------------------------------------------------------------------------------------
@@ -248,7 +230,7 @@ def _say(counts: Mapping[str, int], writing: Writing) -> None:
     said = {
         "truncated": f"cut off at max_completion_length ({fate})",
         "empty": "empty: the teacher ended at once",
-        "repeating": "end in a loop",
+        "repeating": "say the same over and over",
         "repeated": "the same as another of their prompt",
         "changed": "read back as other tokens than the teacher wrote",
     }
@@ -267,7 +249,7 @@ class _Lazy:
     settings: Settings
     rendering: Rendering
     longest: int
-    _open: OpenWriter | None = None
+    _open: Writer | None = None
 
     def known(self) -> dict[str, Any]:
         """What the writer alone knows of its provenance."""
@@ -285,10 +267,10 @@ class _Lazy:
         return self._opened().write(prompts, sampling, draws)
 
     def close(self) -> None:
-        if self._open is not None:
+        if isinstance(self._open, ServerWriter):
             self._open.close()
 
-    def _opened(self) -> OpenWriter:
+    def _opened(self) -> Writer:
         if self._open is None:
             served = self.settings.training.teacher == "server"
             self._open = self._server() if served else self._model()
@@ -308,7 +290,7 @@ class _Lazy:
         writer.probe(self.longest + args.max_completion_length)
         return writer
 
-    def _model(self) -> "PlainWriter":
+    def _model(self) -> ModelWriter:
         args, name = self.settings.training, str(self.settings.teacher_model)
         model = (
             loaded("teacher_model_name_or_path", name, lambda: load_teacher(name, args, "auto")).eval().requires_grad_(False)
@@ -321,46 +303,6 @@ class _Lazy:
                 f"max_completion_length: the longest prompt has {self.longest} tokens, the teacher was made for {positions}",
                 f"Set max_completion_length to at most {positions - self.longest}, or shorten the prompts",
             )
-        return PlainWriter(model, self.rendering.stops, len(self.rendering.tokenizer))
-
-
-@dataclass(frozen=True)
-class PlainWriter:
-    """A model in this process, one prompt at a time: to be replaced by the one for batches.
-
-    `size`: token ids from there on are never drawn, for no tokenizer knows them.
-    """
-
-    model: Any
-    stops: frozenset[int]
-    size: int
-
-    @torch.no_grad()
-    def write(self, prompts: Sequence[Prompt], sampling: Sampling, draws: Draws) -> list[Completion]:
-        return [self._one(prompt, sampling, draws) for prompt in prompts]
-
-    def close(self) -> None: ...
-
-    def _one(self, prompt: Prompt, sampling: Sampling, draws: Draws) -> Completion:
-        places, who = torch.arange(sampling.max_completion_length), torch.tensor([prompt.sample])
-        chances = uniforms(draws.seed, draws.turn, who.expand_as(places), places, 1, _STREAM)[:, 0, 0]
-        ids, past, written = prompt.token_ids[None].to(self.model.device), None, []
-        for chance in chances:
-            out = self.model(input_ids=ids, past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            written.append(_drawn(out.logits[0, -1, : self.size].double().cpu(), sampling, float(chance)))
-            if written[-1] in self.stops:
-                break
-            ids = torch.tensor([written[-1:]], device=self.model.device)
-        return Completion(torch.tensor(written), written[-1] in self.stops)
-
-
-def _drawn(logits: Tensor, sampling: Sampling, chance: float) -> int:
-    """By the inverse of the distribution function, most probable tokens first."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probs, ids = (logits / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
-    kept = (probs.cumsum(0) - probs < sampling.top_p) & (torch.arange(len(probs)) < (sampling.top_k or len(probs)))
-    mass = (probs * kept).cumsum(0)
-    place = int(torch.searchsorted(mass, chance * mass[-1], right=True))
-    return int(ids[min(place, int(kept.sum()) - 1)])
+        width = model.get_output_embeddings().weight.shape[0]
+        unknown = torch.arange(len(self.rendering.tokenizer), width)  # ids that no tokenizer knows
+        return ModelWriter(model, sorted(self.rendering.stops), unknown)

@@ -18,16 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_names_are_frozen() -> None:
-    assert recipe_names() == [
-        "label-ratio",
-        "paper-v1",
-        "paper-v2-spec",
-        "paper-v2-top-k",
-        "seqkd",
-        "sft",
-        "top-k-label",
-        "ungated",
-    ]
+    assert recipe_names() == (
+        "distillm distillm-2 gkd imitkd label-ratio paper-v1 paper-v2-spec paper-v2-top-k seqkd sft top-k-label ungated".split()
+    )
     assert sorted(GATES) == (
         "expected_spec inverted label_in_top_k label_ratio matched_random none random spec top_k two_sided".split()
     )
@@ -45,8 +38,10 @@ def test_names_are_frozen() -> None:
         "teacher_server_urls teacher_server_api teacher_server_model teacher_server_concurrency teacher_server_tokens "
         "teacher_server_timeout_s teacher_server_patience_s teacher_prefetch "
         "teacher_device share_teacher_prompt early_rejection loss_memory_budget "
-        "sampling_temperature sampling_top_k sampling_top_p max_completion_length "
-        "scrambled_teacher_fraction max_dropped_mass loss_chunk_size gate_seed starvation_threshold starvation_patience".split()
+        "scrambled_teacher_fraction max_dropped_mass loss_chunk_size gate_seed starvation_threshold starvation_patience "
+        "sequence_source on_policy_fraction on_policy_fraction_end adaptive_on_policy replay_capacity sampling_temperature "
+        "sampling_top_k sampling_top_p max_completion_length student_text_divergence student_text_divergence_options "
+        "student_text_rejected collapse_threshold collapse_patience log_completions".split()
     )
     assert {f.name for f in dataclasses.fields(RunArguments)} == set(
         "dataset_name dataset_config dataset_train_split dataset_test_split dataset_prompt_column dataset_completion_column "
@@ -60,6 +55,10 @@ def test_recipes_are_what_they_say(tmp_path) -> None:
         given = load_settings(None, name, ["--output_dir", str(tmp_path)]).training
         found[name] = (given.gate, given.rejected, given.divergence, given.normalizer, given.label_loss_weight)
     assert found == {
+        "distillm": ("none", "mask", "skewed_reverse_kl", "valid", 0.0),
+        "distillm-2": ("none", "mask", "skewed_forward_kl", "valid", 0.0),
+        "gkd": ("none", "mask", "generalized_jsd", "valid", 0.0),
+        "imitkd": ("none", "mask", "forward_kl", "valid", 0.0),
         "label-ratio": ("label_ratio", "label", "forward_kl", "valid", 0.0),
         "paper-v1": ("top_k", "mask", "forward_kl", "valid", 0.0),
         "paper-v2-spec": ("spec", "down_weight", "forward_kl", "valid", 0.0),

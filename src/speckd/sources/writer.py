@@ -1,4 +1,4 @@
-"""Who writes completions: the student, the teacher, both in turn, or a server. A writer knows no loss, no gate and no trainer."""
+"""Who writes completions: the student, the teacher, both in turn, or a server. A writer knows no loss, gate or trainer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Draws:
-    """Which uniforms a completion is written with: a function of who asks, so that batch, order, processes and resumption do not
-    matter. `turn`: how often this sample has been written for before (the epoch, or the optimizer step)."""
+    """Which uniforms a completion is written with: a function of who asks, so that batch, order, processes and resumption do
+    not matter. `turn`: how often this sample has been written for before (the epoch, or the optimizer step)."""
 
     seed: int
     turn: int
@@ -50,8 +50,8 @@ class Prompt:
 class Completion:
     """What was written: `token_ids`, [n] int64 on the CPU, the stop token included where there is one.
 
-    `finished`: it ends with a stop token, and was not cut off at the limit. `replaced`: [n] bool, which tokens a verifier put in
-    the place of the writer's own; None where nobody verifies.
+    `finished`: it ends with a stop token, and was not cut off at the limit. `replaced`: [n] bool, which tokens a verifier put
+    in the place of the writer's own; None where nobody verifies.
     """
 
     token_ids: Tensor

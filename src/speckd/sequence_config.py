@@ -1,0 +1,126 @@
+"""The settings that say where the text comes from that is trained on."""
+
+from dataclasses import dataclass, field, replace
+
+from speckd.config import DIVERGENCES, REJECTED, Options, build, mapping, nearest
+from speckd.errors import ConfigError
+from speckd.objective import Objective
+from speckd.policies import Label
+from speckd.sources.mixture import Mixture
+from speckd.sources.writer import Sampling
+
+#: Whose words are trained on.
+SOURCES = ("dataset", "student", "replay", "paired")
+
+
+@dataclass
+class SequenceConfig:
+    """Flat, as they stand in a YAML file."""
+
+    sequence_source: str = field(
+        default="dataset",
+        metadata={
+            "help": "whose completions are trained on: dataset; student (written anew in each step); replay (also those of "
+            "earlier steps, DistiLLM); or paired (the data's and, beside it, the student's, DistiLLM-2)"
+        },
+    )
+    on_policy_fraction: float = field(default=1.0, metadata={"help": "share of the samples that the student writes"})
+    on_policy_fraction_end: float | None = field(
+        default=None, metadata={"help": "the share after the last step, reached linearly; by default it stays"}
+    )
+    adaptive_on_policy: bool = field(
+        default=False, metadata={"help": "let the share grow by 0.1 whenever the held-out loss has risen by 0.1 (DistiLLM)"}
+    )
+    replay_capacity: int = field(default=1000, metadata={"help": "completions that are kept to be trained on again"})
+    sampling_temperature: float = field(default=1.0, metadata={"help": "at which text is written; 0 is greedy"})
+    sampling_top_k: int = field(default=0, metadata={"help": "write only with the so many most probable tokens; 0 is all"})
+    sampling_top_p: float = field(
+        default=1.0, metadata={"help": "write only with the tokens that make up this share; 1 is all"}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "tokens of a written completion, at most"})
+    student_text_divergence: str | None = field(
+        default=None, metadata={"help": "the divergence on text that the student wrote; by default, divergence"}
+    )
+    student_text_divergence_options: Options | None = field(
+        default=None, metadata={"help": "its parameters, a mapping or JSON"}
+    )
+    student_text_rejected: str | None = field(
+        default=None, metadata={"help": "what a rejected token of the student's own text gets; by default, rejected"}
+    )
+    collapse_threshold: float = field(
+        default=0.9, metadata={"help": "stop when this share of the completions repeats itself, is empty, or ends no more"}
+    )
+    collapse_patience: int = field(default=50, metadata={"help": "over so many steps; 0 never stops"})
+    log_completions: bool = field(default=False, metadata={"help": "show one of the written completions with every log"})
+
+    @property
+    def writes(self) -> bool:
+        """Is any text written in training?"""
+        return self.sequence_source != "dataset"
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.sampling_temperature, self.sampling_top_k, self.sampling_top_p, self.max_completion_length)
+
+    def mixture(self, seed: int) -> Mixture:
+        return Mixture(seed, self.on_policy_fraction, self.on_policy_fraction_end)
+
+    def student_text_objective(self, objective: Objective) -> Objective:
+        """What is minimised on text that the student wrote, from what is minimised on the data's.
+
+        There is no label there but the student's own token, of whose cross-entropy the mean gradient is 0: so the divergence
+        takes the share that `label_loss_weight` has on the data's text.
+
+        Raises:
+            ConfigError: rejected tokens would learn from a label.
+        """
+        found = replace(objective, label_loss_weight=0.0)
+        if self.student_text_divergence is not None:
+            key, options = "student_text_divergence", self.student_text_divergence_options
+            found = replace(found, divergence=build(key, DIVERGENCES, self.student_text_divergence, f"{key}_options", options))
+        if self.student_text_rejected is not None:
+            key = "student_text_rejected"
+            found = replace(found, rejected=build(key, REJECTED, self.student_text_rejected, key, None))
+        if isinstance(found.rejected, Label):
+            raise ConfigError(
+                "rejected: label: on text that the student writes, the label is its own token, and to learn that one where it "
+                "was rejected leads away from the teacher",
+                "Set student_text_rejected: residual, down_weight or mask",
+            )
+        return found
+
+    def refuse_contradicting_sequences(self) -> None:
+        """Within these settings; what the trainer's others have to do with them is checked where those are."""
+        if self.sequence_source not in SOURCES:
+            raise ConfigError(
+                f"sequence_source: '{self.sequence_source}' is not one of its values",
+                nearest(str(self.sequence_source), list(SOURCES)),
+            )
+        for key in ("on_policy_fraction", "on_policy_fraction_end"):
+            share = getattr(self, key)
+            if share is not None and not 0 <= share <= 1:
+                raise ConfigError(f"{key} is {share}", "Give a share between 0 and 1")
+        if not 0 < self.collapse_threshold <= 1 or self.collapse_patience < 0:
+            raise ConfigError(
+                f"collapse_threshold is {self.collapse_threshold} and collapse_patience {self.collapse_patience}",
+                "Give a share above 0, up to 1, and a number of steps (0 switches the alarm off)",
+            )
+        if self.replay_capacity < 1:
+            raise ConfigError(f"replay_capacity is {self.replay_capacity}", "Keep at least 1 completion")
+        self.sampling  # noqa: B018  (checks itself)
+        mapping("student_text_divergence_options", self.student_text_divergence_options)
+        if self.student_text_divergence_options is not None and self.student_text_divergence is None:
+            raise ConfigError("student_text_divergence_options is set, but student_text_divergence is not", "Set both")
+        of_written = ("student_text_divergence", "student_text_rejected", "on_policy_fraction_end")
+        for key in of_written if not self.writes else ():
+            if getattr(self, key) is not None:
+                raise ConfigError(
+                    f"{key} is set, but sequence_source is dataset: the student writes nothing",
+                    f"Set sequence_source: student, or remove {key}",
+                )
+        if self.adaptive_on_policy and (not self.writes or self.on_policy_fraction_end is not None):
+            raise ConfigError(
+                "adaptive_on_policy moves on_policy_fraction with the held-out loss, which needs a sequence_source that writes "
+                "and no on_policy_fraction_end",
+                "Set sequence_source: replay and remove on_policy_fraction_end",
+            )

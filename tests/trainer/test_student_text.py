@@ -1,0 +1,191 @@
+"""Runs on text that the student writes, through the command line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import common_flags, log_of, run_cli, write_rows
+from tests.trainer.conftest import World
+
+BASE = "--recipe ungated --sequence_source student --max_completion_length 10 --max_steps 4".split()
+NAMES = ("loss", "grad_norm", "completions/mean_length", "completions/truncated_fraction", "on_policy/fraction")
+
+
+def train(world: World, output: Path, *more: str, data: Path | None = None) -> list[dict[str, float]]:
+    assert run_cli([*common_flags(world.student, world.teacher, data or world.data, output), *BASE, *more]) == 0
+    return log_of(output)
+
+
+def require_same(found: list[dict], wanted: list[dict], tolerance: float = 1e-5) -> None:
+    assert len(found) == len(wanted) > 0
+    for a, b in zip(found, wanted, strict=True):
+        for name in NAMES:
+            assert a.get(name) == pytest.approx(b.get(name), rel=tolerance, abs=1e-7), (a["step"], name)
+
+
+MODES = {
+    "student": [],
+    "half": ["--on_policy_fraction", "0.5"],
+    "replay": "--sequence_source replay --on_policy_fraction 0.8 --replay_capacity 8".split(),
+    "paired": "--sequence_source paired --divergence skewed_forward_kl --student_text_divergence skewed_reverse_kl".split(),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_how_the_batch_is_cut_changes_nothing(world: World, tmp_path: Path, mode: str) -> None:
+    cuts = {"8x1": ("8", "1"), "2x4": ("2", "4")}
+    logs = {
+        name: train(
+            world,
+            tmp_path / name,
+            *MODES[mode],
+            *("--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulation),
+        )
+        for name, (size, accumulation) in cuts.items()
+    }
+    require_same(logs["2x4"], logs["8x1"])
+    for entry in logs["8x1"]:
+        assert 0 < entry["generation_share"] < 1
+        assert entry["on_policy/staleness"] == 0 or mode == "replay"
+    fractions = [entry["on_policy/fraction"] for entry in logs["8x1"]]
+    if mode == "student":
+        assert fractions == [1.0] * 4
+    if mode == "paired":
+        assert fractions == [0.5] * 4
+    if mode == "half":
+        assert 0 < sum(fractions) < 4 and len(set(fractions)) > 1
+    if mode == "replay":
+        assert max(entry["on_policy/staleness"] for entry in logs["8x1"]) > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_is_the_uninterrupted_one(world: World, tmp_path: Path, mode: str) -> None:
+    def run(output: Path, *more: str) -> None:
+        own = [f for f in common_flags(world.student, world.teacher, world.data, output) if f not in ("--save_strategy", "no")]
+        flags = [*own, *BASE, *MODES[mode], "--per_device_train_batch_size", "4", "--save_steps", "2", "--max_steps", "8"]
+        assert run_cli([*flags, "--train_sampling_strategy", "random", *more]) == 0
+
+    run(tmp_path / "whole")
+    run(tmp_path / "cut")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "cut" / f"checkpoint-{step}")
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    run(tmp_path / "cut", "--resume_from_checkpoint", "true")
+    for a, b in zip(log_of(tmp_path / "cut"), log_of(tmp_path / "whole"), strict=True):
+        assert [a.get(name) for name in NAMES] == [b.get(name) for name in NAMES]
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def test_two_processes_are_one(world: World, tmp_path: Path) -> None:
+    """With all there is: the data's text, the student's, and what the other process wrote before."""
+    mode = "replay"
+    flags = common_flags(world.student, world.teacher, world.data, tmp_path / "two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "speckd", "train"]
+    more = [*BASE, *MODES[mode]]
+    done = subprocess.run(
+        [*command, *flags, *more, "--per_device_train_batch_size", "4"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    require_same(log_of(tmp_path / "two"), train(world, tmp_path / "one", *MODES[mode], "--per_device_train_batch_size", "8"))
+
+
+def test_a_share_that_moves_goes_from_one_end_to_the_other(world: World, tmp_path: Path) -> None:
+    log = train(world, tmp_path / "out", *"--on_policy_fraction 0 --on_policy_fraction_end 1 --max_steps 6".split())
+    fractions = [entry["on_policy/fraction"] for entry in log]
+    assert fractions[0] == 0 and fractions[-1] > 0.5
+
+
+def test_adapters_write_too(world: World, tmp_path: Path) -> None:
+    lora = [
+        "--use_peft",
+        "true",
+        "--lora_r",
+        "4",
+        "--lora_target_modules",
+        "q_proj",
+        "v_proj",
+        "--gradient_checkpointing",
+        "true",
+    ]
+    assert all(entry["on_policy/fraction"] == 1 for entry in train(world, tmp_path / "out", *lora))
+
+
+def test_a_completion_is_shown_where_it_is_asked_for(world: World, tmp_path: Path, capsys) -> None:
+    train(world, tmp_path / "out", "--log_completions", "true")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Step ")]
+    assert len(said) == 4 and " → " in said[0]
+
+
+REFUSED = {
+    "teacher: cache": ("--teacher cache --teacher_cache_dir nowhere", "knows nothing of text that is written"),
+    "packing": ("--packing true", "packing and padding_free are not supported"),
+    "sft": ("--recipe sft", "has no label"),
+    "label": ("--recipe label-ratio", "student_text_rejected: residual"),
+    "adaptive": ("--adaptive_on_policy true", "eval_strategy: steps"),
+    "fraction": ("--on_policy_fraction 1.5", "between 0 and 1"),
+    "source": ("--sequence_source students", "Did you mean 'student'"),
+    "nothing written": ("--sequence_source dataset --student_text_divergence reverse_kl", "the student writes nothing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_in_one_line(world: World, tmp_path: Path, capsys, case: str) -> None:
+    flags, said = REFUSED[case]
+    own = [*common_flags(world.student, world.teacher, world.data, tmp_path / "out"), *BASE, *flags.split()]
+    assert run_cli(own) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and said in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "one two three"}, "row 1 has no prompt"),
+        ({"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]}, "row 1 has several assistant turns"),
+    ],
+)
+def test_rows_that_cannot_be_continued_are_refused(world: World, tmp_path: Path, capsys, row, said) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [row] * 3)
+    assert run_cli([*common_flags(world.student, world.teacher, data, tmp_path / "out"), *BASE]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_every_row_keeps_its_prompt_and_learns_from_what_was_written(world: World, tmp_path: Path, monkeypatch) -> None:
+    """What reaches the loss: prompts of the data, labels on the student's tokens, none on the prompt."""
+    from speckd.trainer import SpecKDTrainer
+
+    seen: list[dict] = []
+    known = SpecKDTrainer.compute_loss
+
+    def spying(self, model, inputs, *args, **kwargs):
+        seen.append({"inputs": {k: v.clone() for k, v in inputs.items()}, "count": kwargs.get("num_items_in_batch")})
+        return known(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SpecKDTrainer, "compute_loss", spying)
+    train(world, tmp_path / "out", "--per_device_train_batch_size", "4", "--max_steps", "1")
+    from speckd.tasks import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    rows = [json.loads(line) for line in world.data.read_text().splitlines()][:4]
+    inputs = seen[0]["inputs"]
+    supervised = inputs["labels"] != -100
+    for i, row in enumerate(rows):
+        prompt = tokenizer(row["prompt"]).input_ids
+        assert inputs["input_ids"][i, : len(prompt)].tolist() == prompt
+        assert not supervised[i, : len(prompt)].any() and supervised[i, len(prompt)]
+        written = inputs["input_ids"][i][supervised[i]]
+        assert torch.equal(inputs["labels"][i][supervised[i]], written) and len(written) <= 10
+        assert inputs["sample_ids"][i, 0] == i
+    assert int(seen[0]["count"]) == int(supervised.sum())
