@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speckd.sources.server_writer import ServerWriter
-from speckd.sources.weight_sync import Adapters, BoundedSync, WholeModels
+from speckd.sources.weight_sync import Adapters, BoundedSync, Canary, WholeModels
 from speckd.sources.writer import Draws, Prompt, Sampling
 from speckd.teachers.exchange import Timeouts
 from tests.repository.files import ROOT
@@ -64,6 +64,16 @@ def greedy(model: Any) -> list[list[int]]:
 
 def written(writer: ServerWriter, sampling: Sampling = GREEDY, draws: Draws | None = None) -> list[list[int]]:
     return [one.token_ids.tolist() for one in writer.write(prompts(), sampling, draws or Draws(0, 0))]
+
+
+def canary_of(model: Any) -> Canary:
+    ids = prompts()[2].token_ids
+
+    @torch.no_grad()
+    def log_probs() -> torch.Tensor:
+        return model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+
+    return Canary(ids, log_probs, tolerance=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +129,7 @@ def test_after_a_synchronisation_greedy_text_is_the_adapted_students(writer: Ser
         AutoModelForCausalLM.from_pretrained(base),
         LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"]),
     )
-    sync = BoundedSync(writer, student.save_pretrained, tmp_path, Adapters())
+    sync = BoundedSync(writer, student.save_pretrained, tmp_path, Adapters(), canary_of(student))
     seen = [written(writer)]
     for step in range(3):
         moved(student, step, 0.1)
@@ -132,7 +142,7 @@ def test_after_a_synchronisation_greedy_text_is_the_adapted_students(writer: Ser
 
 def test_after_a_synchronisation_greedy_text_is_the_whole_students(writer: ServerWriter, base: Path, tmp_path: Path) -> None:
     student = AutoModelForCausalLM.from_pretrained(base)
-    sync = BoundedSync(writer, student.save_pretrained, tmp_path, WholeModels(), max_staleness=1)
+    sync = BoundedSync(writer, student.save_pretrained, tmp_path, WholeModels(), canary_of(student), max_staleness=1)
     seen = []
     for step in range(0, 6, 2):
         moved(student, step, 0.02)

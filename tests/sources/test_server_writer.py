@@ -10,11 +10,11 @@ import torch
 
 from speckd.errors import CapabilityError, ConfigError, TeacherLostError, VocabularyError
 from speckd.sources.server_writer import ServerWriter, seed_of
-from speckd.sources.weight_sync import Adapters, BoundedSync, WholeModels
+from speckd.sources.weight_sync import Adapters, BoundedSync, Canary, WholeModels
 from speckd.sources.writer import Completion, Draws, Prompt, Sampling
 from speckd.teachers.client import Load
 from speckd.teachers.exchange import Timeouts
-from tests.sources.writing_server import END, Fault, WritingServer, broken, changed, continued, slow, status
+from tests.sources.writing_server import END, SAID, Fault, WritingServer, broken, changed, continued, slow, status
 
 TIMES = Timeouts(connect_s=1, read_s=0.5, request_s=1, ready_s=1, patience_s=1, backoff_s=0.01, longest_backoff_s=0.05)
 SAMPLING, DRAWS = Sampling(max_completion_length=5), Draws(seed=3, turn=2)
@@ -146,13 +146,29 @@ def test_a_server_that_cannot_is_refused_before_anything_is_asked() -> None:
 # ---- weights ---------------------------------------------------------------------------------------------------------------
 
 
+#: Of every token the scripted server says the same.
+CANARY = Canary(torch.tensor([2, 3, 4]), lambda: torch.full((2,), SAID))
+
+
+def test_weights_that_are_not_the_students_are_noticed(tmp_path: Path) -> None:
+    """A server that says it has loaded them, and has not."""
+    other = Canary(torch.tensor([2, 3, 4]), lambda: torch.tensor([SAID, SAID - 0.3]))
+    with WritingServer() as one:
+        writer = writer_of(one)
+        sync = BoundedSync(writer, lambda folder: folder.mkdir(), tmp_path, WholeModels(), other)
+        with pytest.raises(CapabilityError, match=r"says that it holds the student's weights, but is 0\.15 nat off"):
+            sync.sync(0)
+        assert sync.weights_step is None
+        writer.close()
+
+
 @pytest.mark.parametrize("loading", [Adapters, WholeModels])
 def test_weights_are_never_older_than_allowed(loading: type, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "speckd")
     logging.getLogger("speckd").propagate = True
     with WritingServer() as one, WritingServer() as two:
         writer = writer_of(one, two)
-        sync = BoundedSync(writer, lambda folder: folder.mkdir(), tmp_path, loading(), max_staleness=2)
+        sync = BoundedSync(writer, lambda folder: folder.mkdir(), tmp_path, loading(), CANARY, max_staleness=2)
         assert sync.weights_step is None
         for step in range(8):
             sync.sync(step)
@@ -170,10 +186,10 @@ def test_a_server_that_cannot_take_weights_is_named(tmp_path: Path) -> None:
     with WritingServer() as one:
         writer = writer_of(one)
         one.administer = lambda path, body: (404, {"detail": "Not Found"})  # type: ignore[method-assign]
-        sync = BoundedSync(writer, lambda folder: folder.mkdir(), tmp_path, Adapters())
+        sync = BoundedSync(writer, lambda folder: folder.mkdir(), tmp_path, Adapters(), CANARY)
         with pytest.raises(ConfigError, match="HTTP 404"):
             sync.sync(0)
         assert sync.weights_step is None
         writer.close()
     with pytest.raises(ConfigError, match="max_staleness is -1"):
-        BoundedSync(writer, lambda folder: None, tmp_path, Adapters(), max_staleness=-1)
+        BoundedSync(writer, lambda folder: None, tmp_path, Adapters(), CANARY, max_staleness=-1)

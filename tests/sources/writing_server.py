@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 END = 1
+#: The log-probability that the server gives every token it is asked about.
+SAID = -1.5
 #: Takes the good reply and may change it; raises to break the connection; returns (status, reply).
 Fault = Callable[[dict[str, Any]], tuple[int, Any]]
 
@@ -98,6 +100,8 @@ class WritingServer:
         return f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def good(self, body: dict[str, Any]) -> dict[str, Any]:
+        if "prompt_logprobs" in body:
+            return self.judged(body)
         weights = self.adapters.get(body["model"], self.weights)
         ids = continued(body["prompt"], body["seed"], weights, body["max_tokens"])
         choice = {
@@ -107,6 +111,13 @@ class WritingServer:
             "prompt_token_ids": body["prompt"],
             "finish_reason": "stop" if ids[-1:] == [END] else "length",
         }
+        return {"id": f"cmpl-{body['request_id']}", "model": body["model"], "choices": [choice]}
+
+    def judged(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Each token the most probable one."""
+        (ids,) = body["prompt"]
+        entries = [None, *({str(token): {"logprob": SAID, "rank": 1}} for token in ids[1:])]
+        choice = {"index": 0, "text": "x", "prompt_logprobs": entries, "prompt_token_ids": ids}
         return {"id": f"cmpl-{body['request_id']}", "model": body["model"], "choices": [choice]}
 
     def administer(self, path: str, body: Any) -> tuple[int, Any]:

@@ -6,23 +6,65 @@ Two ways, both of stock vLLM (read against 0.32), and both through a folder that
   state wrote it. A prefix cache cannot mix states, for vLLM keeps it by adapter.
 - `WholeModels`, for any student: the servers pause, reload their weights in place and go on (vLLM's development mode).
 
-Until a server confirms, it is not asked; no text is by weights that nobody can name.
+Until every server confirms, and says of a text what the student says of it in this process, none is asked for anything: a
+server may well answer that all is loaded where it is not.
 """
 
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from speckd.errors import ConfigError
+import torch
+from torch import Tensor
+
+from speckd.errors import CapabilityError, ConfigError
 from speckd.sources.server_writer import ServerWriter
-from speckd.teachers.exchange import MESSAGE_BYTES, Connections
+from speckd.teachers.dialect import Wanted
+from speckd.teachers.exchange import MESSAGE_BYTES, Connections, parsed
+from speckd.teachers.vllm import VLLM
 
 logger = logging.getLogger(__name__)
 
 #: Writes the student as `save_pretrained` does, into a new folder.
 Save = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A text by which it is seen that a server's weights are the student's.
+
+    `token_ids`: [T] int64; `log_probs`: what the student says now, [T − 1], of each token after the first; `tolerance`: nats in
+    the mean over the tokens that a server may be off, for it rounds otherwise. Weights that are older by less are not noticed.
+    """
+
+    token_ids: Tensor
+    log_probs: Callable[[], Tensor]
+    tolerance: float = 0.1
+
+    def check(self, writer: ServerWriter) -> None:
+        """
+        Raises:
+            CapabilityError: a server says something else.
+        """
+        own, model, ids = self.log_probs().double().cpu(), str(writer.model), self.token_ids.tolist()
+        dialect, wanted = VLLM(), Wanted(1)
+
+        async def ask(connections: Connections, request_id: str) -> Tensor:
+            body = dialect.write(model, [ids], wanted, request_id)
+            raw = await connections.post(dialect.path, body, request_id, MESSAGE_BYTES + 1024 * len(ids))
+            (heard,) = dialect.read(parsed(raw), [ids], [list(range(len(ids) - 1))], wanted).heard
+            return torch.tensor(heard.labels, dtype=torch.float64)
+
+        for server, said in zip(writer.servers.all, writer.servers.each(ask), strict=True):
+            off = float((said - own).abs().mean())
+            if not off <= self.tolerance:
+                raise CapabilityError(
+                    f"server {server.url} says that it holds the student's weights, but is {off:.3g} nat off in the mean",
+                    "Use a newer vLLM, a LoRA student (Adapters), or a model whose head is not tied to its embedding",
+                )
 
 
 class WeightSync(Protocol):
@@ -55,13 +97,17 @@ class BoundedSync:
         save: writes the student.
         folder: which the servers can read too; what is written there is removed again.
         loading: `Adapters` or `WholeModels`.
+        canary: asked after each loading.
         max_staleness: optimizer steps that the servers' weights may be behind; 0: never.
     """
 
-    def __init__(self, writer: ServerWriter, save: Save, folder: Path, loading: _Loading, max_staleness: int = 0) -> None:
+    def __init__(
+        self, writer: ServerWriter, save: Save, folder: Path, loading: _Loading, canary: Canary, max_staleness: int = 0
+    ) -> None:
         if max_staleness < 0:
             raise ConfigError(f"max_staleness is {max_staleness}", "Give a number of optimizer steps, or 0")
         self._writer, self._save, self._folder, self._loading = writer, save, folder, loading
+        self._canary = canary
         self._most = max_staleness
         self._step: int | None = None
         self._written: Path | None = None
@@ -83,6 +129,7 @@ class BoundedSync:
         self._save(new)
         self._step = None  # where the loading fails nobody knows what the servers hold
         self._loading.load(self._writer, new, step)
+        self._canary.check(self._writer)
         self._step = step
         if self._written is not None and self._written != new:
             shutil.rmtree(self._written, ignore_errors=True)
