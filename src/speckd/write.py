@@ -284,7 +284,12 @@ class _Lazy:
             stops=self.rendering.stops,
             vocabulary=len(self.rendering.tokenizer),
             model=args.teacher_server_model,
-            timeouts=Timeouts(read_s=wait, request_s=wait, patience_s=args.teacher_server_patience_s),
+            timeouts=Timeouts(
+                read_s=wait,
+                request_s=wait,
+                ready_s=min(Timeouts.ready_s, args.teacher_server_patience_s),
+                patience_s=args.teacher_server_patience_s,
+            ),
             load=Load(concurrency=args.teacher_server_concurrency),
         )
         writer.probe(self.longest + args.max_completion_length)

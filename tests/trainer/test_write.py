@@ -22,9 +22,11 @@ from speckd.round_trip import Rendering
 from speckd.run import prepared_trainer
 from speckd.settings import load_settings
 from speckd.sources.model_writer import ModelWriter
-from speckd.sources.writer import Completion, Prompt
+from speckd.sources.server_writer import seed_of
+from speckd.sources.writer import Completion, Draws, Prompt
 from speckd.teachers.files import Files
 from tests.repository.files import PACKAGE, ROOT
+from tests.sources.writing_server import END, WritingServer, broken, continued, slow, status
 from tests.tiny import task_rows, write_model, write_rows
 from tests.trainer.conftest import World
 
@@ -202,6 +204,34 @@ def test_what_goes_wrong_in_writing_is_counted(
     assert {name: found[name] for name in expected} == expected and found["tokens"] == 2 * sum(map(len, scripted))
     err = capsys.readouterr().err
     assert "2 of 10 completions: cut off at max_completion_length (left out)" in err and "say the same over and over" in err
+
+
+def test_servers_write_too(world: World, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = task_rows(6)
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    tokenizer, output = AutoTokenizer.from_pretrained(world.student), tmp_path / "text.jsonl"
+    given = f"--model_name_or_path {world.student} --dataset_name {data} --output {output} --teacher server --keep_truncated"
+    common = [*given.split(), *"--max_completion_length 4 --samples_per_prompt 3 --disable_tqdm true --use_cpu true".split()]
+    with WritingServer() as one, WritingServer(faults=[broken, status(503), None, slow]) as two:
+        urls = ["--teacher_server_urls", one.url, two.url, "--teacher_server_timeout_s", "1"]
+        assert main(["write", *common, *urls]) == 0
+        asked = [*one.asked, *two.asked]
+    assert {body["max_tokens"] for body in asked} == {4} and {tuple(body["stop_token_ids"]) for body in asked} == {(END,)}
+    seeds = {seed_of(Prompt(torch.tensor([1]), row), Draws(42, turn)) for row in range(6) for turn in range(3)}
+    assert {body["seed"] for body in asked} == seeds
+    for number, row in enumerate(lines(output)):
+        prompt = tokenizer(row["prompt"]).input_ids
+        seed = seed_of(Prompt(torch.tensor(prompt), number // 3), Draws(42, number % 3))
+        ids = continued(prompt, seed, "first", 4)
+        assert row["prompt"] == rows[number // 3]["prompt"]
+        assert tokenizer(row["completion"]).input_ids == (ids[:-1] if ids[-1:] == [END] else ids)
+    assert json.loads(manifest_of(output).read_text())["provenance"]["teacher"] == "toy"
+    (tmp_path / "text.jsonl.manifest.json").unlink()
+    output.unlink()
+    capsys.readouterr()
+    lost = ["--teacher_server_urls", one.url, "--teacher_server_patience_s", "1"]
+    assert main(["write", *common, *lost]) == 4
+    assert "is not ready" in capsys.readouterr().err.splitlines()[-1] and not output.exists()
 
 
 def test_text_that_reads_back_as_other_tokens_is_noticed() -> None:
