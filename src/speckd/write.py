@@ -217,7 +217,7 @@ def _publish(parts: Parts, writing: Writing) -> None:
     if not kept:
         raise DataError(
             f"all {counts['completions']} completions were cut off at max_completion_length, and none is kept",
-            "Raise max_completion_length, or --keep_truncated true",
+            "Raise max_completion_length, or give --keep_truncated",
         )
     _say(counts, writing)
     parts.publish(kept, dict(sorted(counts.items())))

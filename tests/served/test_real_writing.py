@@ -1,19 +1,22 @@
 """Against a real vLLM: what its servers write, and whose weights wrote it. See `vllm_cpu.py` for how to have one.
 
-One server is started, which takes one to two minutes. The oracle is Transformers' greedy `generate` in this process.
+Two servers are started, which takes one to two minutes each. The oracle is Transformers' greedy `generate` in this process.
 """
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from speckd.errors import CapabilityError
 from speckd.sources.server_writer import ServerWriter
 from speckd.sources.weight_sync import Adapters, BoundedSync, Canary, WholeModels
 from speckd.sources.writer import Draws, Prompt, Sampling
@@ -77,29 +80,57 @@ def canary_of(model: Any) -> Canary:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its head is its embedding."""
     return widen(STORIES, tmp_path_factory.mktemp("vllm") / "student")
 
 
 @pytest.fixture(scope="module")
-def url(base: Path) -> Iterator[str]:
-    """One that takes new weights, whole or as adapters."""
+def base(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a head of its own."""
+    folder = tmp_path_factory.mktemp("untied") / "student"
+    model = AutoModelForCausalLM.from_pretrained(tied)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    model.config.tie_word_embeddings = False
+    apart = LlamaForCausalLM(model.config)
+    apart.load_state_dict(state)
+    apart.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tied / name, folder / name)
+    return folder
+
+
+@contextmanager
+def served(model: Path) -> Iterator[str]:
+    """By a server that takes new weights, whole or as adapters."""
     with socket.create_server(("127.0.0.1", 0)) as there:
         port = there.getsockname()[1]
     more = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-        with RealServer(PYTHON, base, port, base.parent / "log", *more) as started:
+        with RealServer(PYTHON, model, port, model.parent / "log", *more) as started:
             yield started.url
+
+
+@pytest.fixture(scope="module")
+def url(base: Path) -> Iterator[str]:
+    with served(base) as found:
+        yield found
 
 
 @pytest.fixture
 def writer(url: str) -> Iterator[ServerWriter]:
-    one = ServerWriter([url], stops=frozenset([END]), vocabulary=512, model="student", timeouts=Timeouts(read_s=120))
-    one.probe(longest=100)
+    one = writer_at(url)
     yield one
     one.close()
+
+
+def writer_at(url: str) -> ServerWriter:
+    one = ServerWriter([url], stops=frozenset([END]), vocabulary=512, model="student", timeouts=Timeouts(read_s=120))
+    one.probe(longest=100)
+    return one
 
 
 def test_greedy_text_is_that_of_this_process(writer: ServerWriter, base: Path) -> None:
@@ -152,3 +183,16 @@ def test_after_a_synchronisation_greedy_text_is_the_whole_students(writer: Serve
         sync.sync(step + 1)
         assert sync.weights_step == step
     assert len(set(map(str, seen))) == len(seen), "otherwise nothing was shown"
+
+
+def test_weights_that_did_not_arrive_are_noticed(tied: Path, tmp_path: Path) -> None:
+    """vLLM 0.32 reloads no head that is tied to its embedding, and answers that all is loaded."""
+    student = AutoModelForCausalLM.from_pretrained(tied)
+    with served(tied) as url:
+        writer = writer_at(url)
+        sync = BoundedSync(writer, student.save_pretrained, tmp_path, WholeModels(), canary_of(student))
+        moved(student, 0, 0.02)
+        with pytest.raises(CapabilityError, match="says that it holds the student's weights, but is"):
+            sync.sync(1)
+        writer.close()
+    assert sync.weights_step is None
