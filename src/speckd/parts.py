@@ -105,6 +105,10 @@ class Parts:
         for path, content in ((self.output, lines), (manifest_of(self.output), [document(made)])):
             with alone(self.files, path, _PATIENCE):
                 publish(self.files, path, content)
+        self.discard()
+
+    def discard(self) -> None:
+        """Removes the parts."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _require_same(self, there: Mapping[str, Any], path: Path) -> None:
@@ -112,7 +116,7 @@ class Parts:
         if wrong:
             raise ConfigError(
                 f"{path}: the text there was written otherwise: {'; '.join(wrong)}",
-                "Set it as it was, or choose another --output",
+                f"Set it as it was, choose another --output, or remove {path if path.parent == self.output.parent else path.parent}",
             )
         others = [f"{name} {there['libraries'].get(name)} (now {now})" for name, now in self.libraries.items()
                   if there["libraries"].get(name) != now]  # fmt: skip

@@ -215,6 +215,7 @@ def _publish(parts: Parts, writing: Writing) -> None:
             kept.append(record["row"])
     counts["rows"] = len(kept)
     if not kept:
+        parts.discard()  # by other settings they would be refused
         raise DataError(
             f"all {counts['completions']} completions were cut off at max_completion_length, and none is kept",
             "Raise max_completion_length, or give --keep_truncated",

@@ -170,6 +170,7 @@ def test_what_was_begun_otherwise_is_refused_by_the_field(
         ("--dataset_name {text}", "hold no prompts"),
         ("--dataset_name {blank}", "row 2: the prompt is empty"),
         ("--output {data}", "was not begun by speckd write"),
+        ("--max_completion_length 1", "all 3 completions were cut off"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -182,7 +183,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert main(["write", *flags(world.student, world.teacher, data, place / "text.jsonl"), *words]) == 2
     said_last = capsys.readouterr().err.splitlines()[-1]
     assert said in said_last and said_last.startswith("error: ")
-    assert not (place / "text.jsonl").exists()
+    assert not list(place.glob("text.jsonl*"))
 
 
 def test_what_goes_wrong_in_writing_is_counted(
