@@ -50,6 +50,11 @@ def capture(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
         folder = _folder(settings)
         if settings.training.teachers:
             raise ConfigError("teachers: a cache holds the answers of one teacher", "Set teacher_model_name_or_path instead")
+        if settings.training.writes:
+            raise ConfigError(
+                f"sequence_source: {settings.training.sequence_source}: no cache can know what is written in training",
+                "Set sequence_source: dataset",
+            )
         _fill(folder, settings, prepared_trainer(settings, Path(unused)))
     return folder
 

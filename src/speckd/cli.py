@@ -176,7 +176,7 @@ _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 1 (our mistake), 2 (the user's), 130 (interrupted)."""
+    """Runs a command; returns the exit code: 0, 1 (our mistake), 2 (the user's), 4 and 5 (see `errors`), 130 (interrupted)."""
     words, debug = _without_debug(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     try:

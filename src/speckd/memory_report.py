@@ -215,6 +215,8 @@ def _batch(settings: Settings, data: Dataset, tokenizer: PreTrainedTokenizerBase
     if not training.packing or longest is None:
         found = longest_row_of(data, tokenizer, training.dataset_text_field)
         longest = found if longest is None else min(found, longest)
+    if training.writes:  # behind a prompt that may be nearly all of the longest row
+        longest += training.max_completion_length
     unit = training.pad_to_multiple_of or 1
     return BatchShape(min(rows, len(data)), math.ceil(longest / unit) * unit, flat)
 

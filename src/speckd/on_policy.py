@@ -48,7 +48,7 @@ def longest_prompt(dataset: Dataset, name: str) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
+class Line:
     """One line of a batch without its padding. `token_ids`, `labels`: [T] int64 on the CPU."""
 
     token_ids: Tensor
@@ -73,23 +73,23 @@ class Row:
         return {"input_ids": ids, "labels": labels, SAMPLE: [self.sample] * length, **teachers}
 
 
-def rows_of(batch: Mapping[str, Tensor]) -> list[Row]:
+def lines_of(batch: Mapping[str, Tensor]) -> list[Line]:
     """A batch padded on the right, taken apart."""
     ids, labels, samples = (batch[name].cpu() for name in ("input_ids", "labels", SAMPLE))
     teachers = batch[TEACHER].cpu() if TEACHER in batch else None
     lengths = batch["attention_mask"].sum(-1).tolist()
     return [
-        Row(ids[i, :n], labels[i, :n], int(samples[i, 0]), None if teachers is None else int(teachers[i, 0]))
+        Line(ids[i, :n], labels[i, :n], int(samples[i, 0]), None if teachers is None else int(teachers[i, 0]))
         for i, n in enumerate(lengths)
     ]
 
 
-def rewritten(written: Written) -> Row:
+def rewritten(written: Written) -> Line:
     """A row of a prompt and what was written: every written token is supervised."""
     prompt, completion = written.prompt, written.completion
     unlabelled = torch.full_like(prompt.token_ids, IGNORED_LABEL)
     labels = torch.cat([unlabelled, completion.token_ids])
-    return Row(torch.cat([prompt.token_ids, completion.token_ids]), labels, prompt.sample, written.teacher)
+    return Line(torch.cat([prompt.token_ids, completion.token_ids]), labels, prompt.sample, written.teacher)
 
 
 class StudentText:
@@ -133,7 +133,7 @@ class StudentText:
         """A step's micro-batches with the student's completions, and what kept the writer from writing, which all processes
         must hear of; then nothing is rewritten."""
         began = time.perf_counter()
-        apart = [rows_of(batch) for batch in batches]
+        apart = [lines_of(batch) for batch in batches]
         rows = [row for some in apart for row in some]
         origins = self._origins(rows, step, steps)
         try:
@@ -149,7 +149,7 @@ class StudentText:
         places = iter(range(len(rows)))
         return [self._batch([(row, replacing.get(next(places))) for row in some], step) for some in apart], None
 
-    def _origins(self, rows: Sequence[Row], step: int, steps: int) -> list[Origin]:
+    def _origins(self, rows: Sequence[Line], step: int, steps: int) -> list[Origin]:
         samples = torch.tensor([row.sample for row in rows], dtype=torch.int64)
         share = self._mixture.fraction_at(step, steps) if self.adaptive is None else self.adaptive.fraction
         fresh = None
@@ -160,7 +160,7 @@ class StudentText:
         # Rows that only fill up an epoch's end stay as they are.
         return [Origin(o) if row.supervised else Origin.DATA for o, row in zip(found, rows, strict=True)]
 
-    def _fresh(self, rows: Sequence[Row], step: int) -> list[Written]:
+    def _fresh(self, rows: Sequence[Line], step: int) -> list[Written]:
         if not rows:
             return []
         prompts = [row.prompt for row in rows]
@@ -170,7 +170,7 @@ class StudentText:
         return found
 
     def _replacing(
-        self, rows: Sequence[Row], origins: Sequence[Origin], fresh: Sequence[Written], step: int
+        self, rows: Sequence[Line], origins: Sequence[Origin], fresh: Sequence[Written], step: int
     ) -> dict[int, Written]:
         """By the rows' places."""
         written = [place for place, origin in enumerate(origins) if origin == Origin.STUDENT]
@@ -181,7 +181,7 @@ class StudentText:
             found |= zip(again, self._replay.drawn(self._mixture.seed, step, samples), strict=True)
         return found
 
-    def _batch(self, rows: Sequence[tuple[Row, Written | None]], step: int) -> dict[str, Any]:
+    def _batch(self, rows: Sequence[tuple[Line, Written | None]], step: int) -> dict[str, Any]:
         examples, marks = [], []
         for row, written in rows:
             if written is None or self._paired:

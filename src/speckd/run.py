@@ -236,7 +236,11 @@ def describe_method(settings: Settings) -> str:
     gate, rejected, divergence = (_shown(piece) for piece in (objective.gate, objective.rejected, objective.divergence))
     mixed = f" + {objective.label_loss_weight:g} cross-entropy" if objective.label_loss_weight else ""
     hot = f" at T = {objective.divergence_temperature:g}" if objective.divergence_temperature != 1 else ""
-    return f"gate {gate} → rejected tokens {rejected} → {divergence}{hot}{mixed}, divided by {objective.normalizer}"
+    text = f"; {settings.training.described_source}" if settings.training.writes else ""
+    own = settings.training.student_text_objective(objective) if settings.training.writes else objective
+    if own.divergence != objective.divergence or own.rejected != objective.rejected:
+        text += f", there rejected tokens {_shown(own.rejected)} → {_shown(own.divergence)}"
+    return f"gate {gate} → rejected tokens {rejected} → {divergence}{hot}{mixed}, divided by {objective.normalizer}{text}"
 
 
 def _shown(piece: Any) -> str:

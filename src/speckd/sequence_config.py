@@ -62,6 +62,16 @@ class SequenceConfig:
     def sampling(self) -> Sampling:
         return Sampling(self.sampling_temperature, self.sampling_top_k, self.sampling_top_p, self.max_completion_length)
 
+    @property
+    def described_source(self) -> str:
+        """Whose text is trained on, for the line that describes a run."""
+        if not self.writes:
+            return "the data's text"
+        end = "" if self.on_policy_fraction_end is None else f" to {self.on_policy_fraction_end:.0%}"
+        beside = "beside" if self.sequence_source == "paired" else "in the place of"
+        again = ", partly replayed" if self.sequence_source == "replay" else ""
+        return f"the student's text {beside} the data's for {self.on_policy_fraction:.0%}{end} of the samples{again}"
+
     def mixture(self, seed: int) -> Mixture:
         return Mixture(seed, self.on_policy_fraction, self.on_policy_fraction_end)
 

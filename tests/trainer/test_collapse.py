@@ -1,9 +1,12 @@
 """A run whose student's own text collapses is stopped, saved and explained, with exit code 5."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests.tiny import common_flags, log_of, run_cli, write_rows
 from tests.trainer.conftest import World
@@ -34,14 +37,27 @@ def test_a_student_that_collapses_is_stopped_and_without_the_alarm_is_not(world:
     assert run_cli([*gentler, "--collapse_threshold", "1.0"]) == 0
 
 
+def shaken(folder: Path) -> Path:
+    shutil.copytree(STORIES, folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"NOT RUN: {STORIES.name} is not in ../shared/models")
 def test_a_storyteller_that_collapses_is_stopped(tmp_path: Path, capsys) -> None:
-    """The pretrained stories260K as its own teacher's pupil: its stories are whole at first, and loops after some ruinous steps."""
+    """stories260K teaches a copy of itself that has been shaken: stories at first, loops after some ruinous steps."""
+    student = shaken(tmp_path / "student")
     starts = ["Once upon a time", "One day, a little girl", "There was a big dog", "Tom and Sam went to the"]
     rows = [{"prompt": start, "completion": " and they were happy."} for start in starts * 4]
     data = write_rows(tmp_path / "stories.jsonl", rows)
-    flags = [*common_flags(STORIES, STORIES, data, tmp_path / "out"), *RECIPE, *WATCHED, "--max_completion_length", "48"]
-    assert run_cli([*flags, "--learning_rate", "0.05", "--max_grad_norm", "0", "--max_steps", "60"]) == 5
+    flags = [*common_flags(student, STORIES, data, tmp_path / "out"), *RECIPE, *WATCHED, "--max_completion_length", "48"]
+    assert run_cli([*flags, "--learning_rate", "0.1", "--max_grad_norm", "0", "--max_steps", "60"]) == 5
     assert "error: COLLAPSE: in the last 3 steps" in capsys.readouterr().err
     log = log_of(tmp_path / "out")
     assert log[0]["completions/repeated_fraction"] < 0.2 and list((tmp_path / "out").glob("checkpoint-*"))

@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import common_flags, log_of, run_cli, write_rows
+from speckd.cli import main
+from speckd.trainer import SpecKDTrainer
+from tests.tiny import common_flags, log_of, run_cli, write_model, write_rows
 from tests.trainer.conftest import World
+from tests.trainer.served_model import served
 
 BASE = "--recipe ungated --sequence_source student --max_completion_length 10 --max_steps 4".split()
 NAMES = ("loss", "grad_norm", "completions/mean_length", "completions/truncated_fraction", "on_policy/fraction")
@@ -127,6 +130,58 @@ def test_a_completion_is_shown_where_it_is_asked_for(world: World, tmp_path: Pat
     assert len(said) == 4 and " → " in said[0]
 
 
+def test_a_served_teacher_is_asked_about_what_was_written(world: World, tmp_path: Path) -> None:
+    narrow = World(world.student, write_model(tmp_path / "teacher", 2, 32, 2), world.data, world.place)
+    wanted = train(narrow, tmp_path / "whole", *MODES["half"])
+    with served(narrow.teacher) as server:
+        flags = [*common_flags(world.student, None, world.data, tmp_path / "out"), *BASE, *MODES["half"]]
+        assert run_cli([*flags, "--teacher", "server", "--teacher_server_urls", server.url, "--teacher_top_k", "1000"]) == 0
+    require_same(log_of(tmp_path / "out"), wanted)
+
+
+def test_a_replayed_row_brings_its_own_teacher(world: World, tmp_path: Path, monkeypatch) -> None:
+    rows = [{**json.loads(line), "who": "ab"[i % 2]} for i, line in enumerate(world.data.read_text().splitlines())]
+    data, teachers = write_rows(tmp_path / "rows.jsonl", rows), {"a": str(world.teacher), "b": str(world.place / "b")}
+    write_model(world.place / "b", 9, 16, 1)
+    seen: list[tuple[int, int]] = []
+    known = SpecKDTrainer.compute_loss
+
+    def spying(self, model, inputs, *args, **kwargs):
+        seen.extend(zip(inputs["sample_ids"][:, 0].tolist(), inputs["teacher_numbers"][:, 0].tolist(), strict=True))
+        return known(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SpecKDTrainer, "compute_loss", spying)
+    flags = [*common_flags(world.student, None, data, tmp_path / "out"), *BASE, *MODES["replay"], "--max_steps", "6"]
+    assert run_cli([*flags, "--teachers", json.dumps(teachers), "--teacher_route_column", "who"]) == 0
+    assert [sample for sample, _ in seen] != [step % 24 for step in range(len(seen))], "some are replayed"
+    assert all(teacher == sample % 2 for sample, teacher in seen)
+
+
+def test_the_adaptive_share_moves_with_the_held_out_loss_and_survives_a_resumption(world: World, tmp_path: Path) -> None:
+    def run(output: Path, *more: str) -> list[dict[str, float]]:
+        own = [f for f in common_flags(world.student, world.teacher, world.data, output) if f not in ("--save_strategy", "no")]
+        flags = [*own, *BASE, *MODES["replay"], *"--on_policy_fraction 0 --adaptive_on_policy true --learning_rate 1".split()]
+        flags += [
+            "--eval_dataset",
+            str(world.data),
+            *"--eval_strategy steps --eval_steps 1 --save_steps 4 --max_steps 12".split(),
+        ]
+        assert run_cli([*flags, "--max_grad_norm", "0", *more]) == 0
+        return [entry["on_policy/fraction"] for entry in log_of(output)]
+
+    whole = run(tmp_path / "whole")
+    assert whole[0] == 0 and max(whole) > 0
+    run(tmp_path / "cut")
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / "cut" / f"checkpoint-{step}")
+    assert run(tmp_path / "cut", "--resume_from_checkpoint", "true") == whole
+
+
+def test_half_precision_writes_and_learns(world: World, tmp_path: Path) -> None:
+    log = train(world, tmp_path / "out", "--bf16", "true")
+    assert all(entry["on_policy/fraction"] == 1 for entry in log)
+
+
 REFUSED = {
     "teacher: cache": ("--teacher cache --teacher_cache_dir nowhere", "knows nothing of text that is written"),
     "packing": ("--packing true", "packing and padding_free are not supported"),
@@ -149,6 +204,12 @@ def test_what_does_not_fit_is_refused_in_one_line(world: World, tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_is_cached_of_text_that_is_not_written_yet(world: World, tmp_path: Path, capsys) -> None:
+    flags = [*common_flags(world.student, world.teacher, world.data, tmp_path / "out"), *BASE]
+    assert main(["cache", *flags, "--teacher_cache_dir", str(tmp_path / "cache")]) == 2
+    assert "no cache can know" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -164,8 +225,6 @@ def test_rows_that_cannot_be_continued_are_refused(world: World, tmp_path: Path,
 
 def test_every_row_keeps_its_prompt_and_learns_from_what_was_written(world: World, tmp_path: Path, monkeypatch) -> None:
     """What reaches the loss: prompts of the data, labels on the student's tokens, none on the prompt."""
-    from speckd.trainer import SpecKDTrainer
-
     seen: list[dict] = []
     known = SpecKDTrainer.compute_loss
 

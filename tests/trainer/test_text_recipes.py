@@ -1,4 +1,4 @@
-"""The recipes that train on the student's own text: the loss of a fixed batch of fixed text, by each paper's formula in float64.
+"""The recipes that train on the student's own text: a fixed batch's loss by each paper's formula in float64.
 
 p is the teacher, q the student, y the text, T its tokens; every loss is a mean over all supervised tokens of the step.
 """

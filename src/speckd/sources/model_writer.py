@@ -64,7 +64,9 @@ class ModelWriter:
         device = self.model.get_input_embeddings().weight.device
         ids, mask = _left_padded(prompts)
         samples = torch.tensor([prompt.sample for prompt in prompts], device=device)
-        drawn = _Drawn(sampling, draws, samples, (mask == 0).sum(-1).to(device), self._suppressed.to(device))
+        positions = mask.sum(-1, keepdim=True).to(device) + torch.arange(limit, device=device)
+        uniform = uniforms_at(draws, samples.repeat_interleave(limit), positions.flatten()).view(-1, limit)
+        drawn = _Drawn(sampling, uniform, ids.shape[1], self._suppressed.to(device))
         config = GenerationConfig(
             max_new_tokens=limit, do_sample=False, use_cache=True, eos_token_id=list(self.stop_ids) or None, pad_token_id=0
         )
@@ -98,17 +100,15 @@ def _left_padded(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
 class _Drawn(LogitsProcessor):
     """Leaves of each row's logits the one token that its uniform draws, so that greedy search takes it.
 
-    `padding`: [B], how many tokens of padding stand before each prompt.
+    `uniforms`: [B, n], for the n tokens that may be written; `width`: of the padded prompts.
     """
 
-    def __init__(self, sampling: Sampling, draws: Draws, samples: Tensor, padding: Tensor, suppressed: Tensor) -> None:
-        self._sampling, self._draws, self._samples = sampling, draws, samples
-        self._padding, self._suppressed = padding, suppressed
+    def __init__(self, sampling: Sampling, uniforms: Tensor, width: int, suppressed: Tensor) -> None:
+        self._sampling, self._uniforms, self._width, self._suppressed = sampling, uniforms, width, suppressed
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         allowed = scores.index_fill(-1, self._suppressed, -torch.inf)
-        uniform = uniforms_at(self._draws, self._samples, input_ids.shape[1] - self._padding)
-        chosen = draw(allowed, self._sampling, uniform)
+        chosen = draw(allowed, self._sampling, self._uniforms[:, input_ids.shape[1] - self._width])
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
 
 
