@@ -62,7 +62,7 @@ class Parts:
             raise ConfigError(f"{output} is there, and was not begun by speckd write", "Choose another --output, or remove it")
         parts.files.make_folder(parts._folder)
         with alone(parts.files, parts._plan, _PATIENCE):
-            if not exists(parts.files, parts._plan):
+            if not exists(parts.files, parts._plan) or not parts._begun:
                 publish(parts.files, parts._plan, [document(parts._content())])
         parts._require_same(read_document(parts.files, parts._plan), parts._plan)
         return parts
@@ -116,7 +116,7 @@ class Parts:
         if wrong:
             raise ConfigError(
                 f"{path}: the text there was written otherwise: {'; '.join(wrong)}",
-                f"Set it as it was, choose another --output, or remove {path if path.parent == self.output.parent else path.parent}",
+                f"Set it as it was, choose another --output, or remove {self._folder if path == self._plan else path}",
             )
         others = [f"{name} {there['libraries'].get(name)} (now {now})" for name, now in self.libraries.items()
                   if there["libraries"].get(name) != now]  # fmt: skip
@@ -125,6 +125,11 @@ class Parts:
 
     def _content(self) -> dict[str, Any]:
         return {"format": FORMAT, "provenance": self.provenance, "libraries": self.libraries, "parts": self.count}
+
+    @property
+    def _begun(self) -> bool:
+        """Is there any part? A plan without one binds nobody."""
+        return any(self._folder.glob("part-*.json"))
 
     @property
     def _folder(self) -> Path:

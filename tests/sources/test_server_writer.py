@@ -16,7 +16,7 @@ from speckd.teachers.client import Load
 from speckd.teachers.exchange import Timeouts
 from tests.sources.writing_server import END, SAID, Fault, WritingServer, broken, changed, continued, slow, status
 
-TIMES = Timeouts(connect_s=1, read_s=0.5, request_s=1, ready_s=1, patience_s=1, backoff_s=0.01, longest_backoff_s=0.05)
+TIMES = Timeouts(connect_s=1, read_s=0.5, request_s=1, ready_s=5, patience_s=1, backoff_s=0.01, longest_backoff_s=0.05)
 SAMPLING, DRAWS = Sampling(max_completion_length=5), Draws(seed=3, turn=2)
 PROMPTS = [Prompt(torch.tensor([2 + n, 3, 4]), n) for n in range(20)]
 
@@ -166,7 +166,7 @@ def test_weights_that_are_not_the_students_are_noticed(tmp_path: Path) -> None:
 def test_weights_are_never_older_than_allowed(loading: type, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "speckd")
     logging.getLogger("speckd").propagate = True
-    with WritingServer() as one, WritingServer() as two:
+    with WritingServer(lost_answers=(1, 4, 6)) as one, WritingServer() as two:
         writer = writer_of(one, two)
         sync = BoundedSync(writer, lambda folder: folder.mkdir(), tmp_path, loading(), CANARY, max_staleness=2)
         assert sync.weights_step is None

@@ -27,7 +27,8 @@ def continued(prompt: list[int], seed: int, weights: str, limit: int) -> list[in
 
 @dataclass(eq=False)
 class WritingServer:
-    """`faults`: of the first answers, None for a good one; `model`: what is served beside the adapters."""
+    """`faults`: of the first answers, None for a good one; `model`: what is served beside the adapters; `lost_answers`: which of
+    the other requests, from 1, are done, but not said to be."""
 
     faults: list[Fault | None] = field(default_factory=list)
     model: str = "toy"
@@ -36,6 +37,7 @@ class WritingServer:
     posted: list[tuple[str, Any]] = field(default_factory=list)
     adapters: dict[str, str] = field(default_factory=dict)
     weights: str = "first"
+    lost_answers: tuple[int, ...] = ()
     connections: list[socket.socket] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -60,7 +62,8 @@ class WritingServer:
                     self.complete(body)
                 else:
                     server.posted.append((self.path, body))
-                    self.answer(*server.administer(self.path, body))
+                    reply = server.administer(self.path, body)
+                    self.answer(*((500, {}) if len(server.posted) in server.lost_answers else reply))
 
             def complete(self, body: dict[str, Any]) -> None:
                 server.asked.append(body)
@@ -122,6 +125,10 @@ class WritingServer:
 
     def administer(self, path: str, body: Any) -> tuple[int, Any]:
         match path:
+            case "/v1/load_lora_adapter" if body["lora_name"] in self.adapters:
+                return 400, {"error": {"message": "has already been loaded"}}
+            case "/v1/unload_lora_adapter" if body["lora_name"] not in self.adapters:
+                return 404, {"error": {"message": "cannot be found"}}
             case "/v1/load_lora_adapter":
                 self.adapters[body["lora_name"]] = body["lora_path"]
             case "/v1/unload_lora_adapter":

@@ -10,7 +10,9 @@ Until every server confirms, and says of a text what the student says of it in t
 server may well answer that all is loaded where it is not.
 """
 
+import itertools
 import logging
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +24,9 @@ from torch import Tensor
 
 from speckd.errors import CapabilityError, ConfigError
 from speckd.sources.server_writer import ServerWriter
+from speckd.teachers.conversation import offered_models
 from speckd.teachers.dialect import Wanted
-from speckd.teachers.exchange import MESSAGE_BYTES, Connections, parsed
+from speckd.teachers.exchange import MESSAGE_BYTES, Connections, Refused, parsed
 from speckd.teachers.vllm import VLLM
 
 logger = logging.getLogger(__name__)
@@ -141,29 +144,40 @@ class BoundedSync:
 class Adapters:
     """For vLLM started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment.
 
-    `name`: of the student, to which the step is put. Two states at a time are in a server (--max-loras 2, so that the next is
-    loaded before the last is gone).
+    `name`: of the student; each state is served under it, its step, and what no other state of this or another run has. Two
+    states at a time are in a server (--max-loras 2, so that the next is loaded before the last is gone).
     """
 
     def __init__(self, name: str = "speckd-student") -> None:
-        self._name = name
+        self._name = f"{name}-{secrets.token_hex(4)}"
+        self._numbers = itertools.count()
         self._loaded: str | None = None
 
     def load(self, writer: ServerWriter, folder: Path, step: int) -> None:
-        new = f"{self._name}-{step}"
-        body = {"lora_name": new, "lora_path": str(folder.resolve()), "load_inplace": new == self._loaded}
+        new = f"{self._name}-{next(self._numbers)}-step-{step}"
+        body = {"lora_name": new, "lora_path": str(folder.resolve())}
 
         async def put(connections: Connections, request_id: str) -> None:
-            await connections.post("/v1/load_lora_adapter", body, request_id, MESSAGE_BYTES)
+            try:
+                await connections.post("/v1/load_lora_adapter", body, request_id, MESSAGE_BYTES)
+            except Refused:
+                if new not in await self._offered(connections, request_id):  # else an answer was lost, and nothing more
+                    raise
 
         writer.servers.each(put)
         old, writer.model, self._loaded = self._loaded, new, new
-        if old not in (None, new):
+        if old is not None:
+            writer.servers.each(lambda connections, request_id: self._remove(connections, request_id, old))
 
-            async def remove(connections: Connections, request_id: str) -> None:
-                await connections.post("/v1/unload_lora_adapter", {"lora_name": old}, request_id, MESSAGE_BYTES)
+    async def _remove(self, connections: Connections, request_id: str, name: str) -> None:
+        try:
+            await connections.post("/v1/unload_lora_adapter", {"lora_name": name}, request_id, MESSAGE_BYTES)
+        except Refused:
+            if name in await self._offered(connections, request_id):
+                raise
 
-            writer.servers.each(remove)
+    async def _offered(self, connections: Connections, request_id: str) -> list[str]:
+        return [model.name for model in offered_models(parsed(await connections.get("/v1/models", request_id)))]
 
 
 class WholeModels:
