@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
+from zlib import crc32
 
 END = 1
 #: The log-probability that the server gives every token it is asked about.
@@ -19,7 +20,7 @@ Fault = Callable[[dict[str, Any]], tuple[int, Any]]
 
 def continued(prompt: list[int], seed: int, weights: str, limit: int) -> list[int]:
     """Up to `limit` tokens; how many, and which, is drawn by a hash."""
-    state = hash((tuple(prompt), seed, weights)) & 0xFFFFFFFF
+    state = crc32(repr((prompt, seed, weights)).encode())
     length = state % 7
     ids = [2 + (state >> (3 * i)) % 50 for i in range(length)]
     return ids[:limit] if limit <= length else [*ids, END]
@@ -27,8 +28,8 @@ def continued(prompt: list[int], seed: int, weights: str, limit: int) -> list[in
 
 @dataclass(eq=False)
 class WritingServer:
-    """`faults`: of the first answers, None for a good one; `model`: what is served beside the adapters; `lost_answers`: which of
-    the other requests, from 1, are done, but not said to be."""
+    """`faults`: of the first answers, None for a good one; `model`: what is served beside the adapters; `lost_answers`: which
+    of the other requests, from 1, are done, but not said to be."""
 
     faults: list[Fault | None] = field(default_factory=list)
     model: str = "toy"
