@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from speckd.arguments import SpecKDConfig
@@ -250,6 +250,16 @@ def student_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
 def teacher_tokenizer(settings: Settings, name: str) -> PreTrainedTokenizerBase:
     """The one saved with the teacher of that path or hub id."""
     return _tokenizer("teacher_model_name_or_path", name, settings.training.teacher_model_revision or "main", settings)
+
+
+def stop_ids(tokenizer: Any, name: str, revision: str) -> set[int]:
+    """At which tokens a model stops: its tokenizer's end (if given), and those of its generation configuration."""
+    own = [] if tokenizer is None else [tokenizer.eos_token_id]
+    try:
+        configured = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+    except (OSError, ValueError):  # there need not be one
+        configured = None
+    return {i for i in (*own, *(configured if isinstance(configured, list) else [configured])) if i is not None}
 
 
 def tokenizer_among_several(settings: Settings, name: str, path: str) -> PreTrainedTokenizerBase:

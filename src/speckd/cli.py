@@ -86,6 +86,28 @@ def cache(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def write(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="The data set to be written, a .jsonl file.")],
+    config: Annotated[Path | None, typer.Option(help="The file of the run whose prompts are answered.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped method: 'speckd recipes' lists them.")] = None,
+    samples_per_prompt: Annotated[
+        int, typer.Option("--samples_per_prompt", "--samples-per-prompt", help="Completions of each prompt.")
+    ] = 1,
+    keep_truncated: Annotated[
+        bool,
+        typer.Option("--keep_truncated", "--keep-truncated", help="Keep completions cut off at max_completion_length."),
+    ] = False,
+) -> None:
+    """Have the teacher answer a run's prompts, once: a data set for 'speckd train' (recipe seqkd)."""
+    _say_to_people()
+    from speckd.write import Writing
+    from speckd.write import write as run
+
+    run(config, recipe, context.args, Writing(output, samples_per_prompt, keep_truncated))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def doctor(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="A flat YAML file of settings, in TRL's names.")] = None,
@@ -181,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         resumes = ""
         if "train" in words:
             resumes = "; --resume_from_checkpoint true goes on from the last checkpoint, if there is one"
-        if "cache" in words:
+        if "cache" in words or "write" in words:
             resumes = "; the same command goes on from there"
         print(f"interrupted{resumes}", file=sys.stderr)
     return code

@@ -45,6 +45,51 @@ def load_data(run: RunArguments, text_field: str, kept: str | None = None) -> tu
     return train, held_out
 
 
+def load_prompts(run: RunArguments) -> Dataset:
+    """What the training data asks, to be answered anew: `prompt` (text, or messages without the last answer), `tools` and
+    `chat_template_kwargs` where they are. A file of prompts alone will do.
+
+    Raises:
+        DataError: naming the file and the row.
+    """
+    if run.dataset_name is None:
+        raise DataError("dataset_name is not set: there are no prompts", "Give a JSONL or Parquet file, a folder or a hub id")
+    name, data = run.dataset_name, _one(run.dataset_name, "train", run)
+    if not len(data):
+        raise DataError(f"{name}: no rows", "Give at least one")
+    data = _renamed(data, name, {"prompt": run.dataset_prompt_column})
+    if "prompt" in data.column_names:
+        _require_prompts(data, name)
+    elif "messages" in data.column_names:
+        _require_messages(data, name)
+        data = data.map(lambda row: {"prompt": _before_answer(row["messages"])}, desc="Taking the last answers away")
+        for number, row in enumerate(data, 1):
+            if not row["prompt"]:
+                raise DataError(f"{name}: row {number}: nothing is asked before the answer", "Give a user's turn")
+    else:
+        raise DataError(
+            f"{name}: columns {', '.join(sorted(data.column_names))} hold no prompts",
+            "Give prompt (and completion) or messages, or name yours with dataset_prompt_column",
+        )
+    return data.select_columns([c for c in data.column_names if c in ("prompt", "tools", "chat_template_kwargs")])
+
+
+def _require_prompts(data: Dataset, name: str) -> None:
+    kind = type(data[0]["prompt"])
+    for number, row in enumerate(data, 1):
+        value = row["prompt"]
+        if type(value) is not kind or not (_are_messages(value) if isinstance(value, list) else isinstance(value, str)):
+            raise DataError(
+                f"{name}: row {number}: prompt is {_brief(value)}", "Give text in every row, or messages in every row"
+            )
+        if not value:
+            raise DataError(f"{name}: row {number}: the prompt is empty", "Give at least one word")
+
+
+def _before_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
 def _one(name: str, split: str, run: RunArguments) -> Dataset:
     path = Path(name)
     if path.is_dir():

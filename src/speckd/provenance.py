@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,47 @@ def other_libraries(then: Mapping[str, str]) -> str | None:
 
 def of_capture(settings: Settings, trainer: SpecKDTrainer) -> dict[str, Any]:
     """Everything that the answers depend on."""
-    args = settings.training
     # As a run finds it: the trainer may have changed its template.
     tokenizer, _ = load_tokenizers(settings, conversational=False)
+    return {
+        **_of_data(settings, tokenizer),
+        **of_teacher(settings.training, trainer.teacher.dtype),
+        "vocabulary": written(trainer.vocabulary),
+        "temperature": 1.0,
+    }
+
+
+def of_writing(settings: Settings, tokenizer: Any, prompts: Iterable[Sequence[int]], samples: int) -> dict[str, Any]:
+    """Everything that text written by the teacher depends on.
+
+    Args:
+        tokenizer: the student's, by whose template the prompts were made.
+        prompts: token ids, in the data's order.
+        samples: completions of each.
+    """
+    args = settings.training
+    data = fingerprints.of_bytes(json.dumps(list(prompt)).encode() for prompt in prompts)
+    return {
+        **_of_data(settings, tokenizer),
+        **of_teacher(args, torch.bfloat16 if args.bf16 else None),
+        "teacher_place": args.teacher,
+        "prompts": data,
+        "samples_per_prompt": samples,
+        "seed": args.seed,
+        **{f"sampling_{key}": getattr(args, f"sampling_{key}") for key in ("temperature", "top_k", "top_p")},
+        "max_completion_length": args.max_completion_length,
+    }
+
+
+def of_teacher(args: SpecKDConfig, dtype: Any) -> dict[str, Any]:
+    """Who the teacher is, as far as that can be known here, and how it is loaded. `dtype`: of the loaded model, if it is."""
+    if args.teacher == "server":
+        return {"teacher": args.teacher_server_model}
     name, revision = str(args.teacher_model_name_or_path), _revision(args)
     folder, commit = _found(name, revision, args)
     base = None if folder is None else _base_of(folder)
     base_folder, base_commit = (None, None) if base is None else _found(base, revision, args)
     return {
-        **_of_data(settings, tokenizer),
         "teacher": name,
         "teacher_weights": _weights(folder),
         "teacher_revision": revision,
@@ -58,11 +90,9 @@ def of_capture(settings: Settings, trainer: SpecKDTrainer) -> dict[str, Any]:
         "teacher_base": base,
         "teacher_base_weights": _weights(base_folder),
         "teacher_base_commit": base_commit,
-        "teacher_dtype": _given_dtype(args) or str(trainer.teacher.dtype),
+        "teacher_dtype": _given_dtype(args) or (None if dtype is None else str(dtype)),
         "teacher_quantization": args.teacher_quantization,
         "teacher_options": _options(args),
-        "vocabulary": written(trainer.vocabulary),
-        "temperature": 1.0,
     }
 
 

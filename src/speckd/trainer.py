@@ -88,12 +88,12 @@ _NOT_FOR_THE_MODEL = {"labels", SAMPLE, EXAMPLE, TEACHER, WRITTEN}
 _MEMORIES = "speckd_moving_objective"
 
 
-def load_teacher(name: str, args: SpecKDConfig, dtype: torch.dtype) -> PreTrainedModel:
+def load_teacher(name: str, args: SpecKDConfig, dtype: torch.dtype | str) -> PreTrainedModel:
     """The teacher by path or hub id, with `teacher_options`."""
     return AutoModelForCausalLM.from_pretrained(name, **teacher_options(args, dtype))
 
 
-def teacher_options(args: SpecKDConfig, dtype: torch.dtype) -> dict[str, Any]:
+def teacher_options(args: SpecKDConfig, dtype: torch.dtype | str) -> dict[str, Any]:
     """For `from_pretrained`: bfloat16 with `bf16`, else `dtype`, unless `teacher_model_init_kwargs` says otherwise.
 
     A teacher that is to be quantised is put on its device at once, for it cannot be moved later.

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerState
 from trl import get_training_chat_template
 from trl.chat_template_utils import has_generation_markers
+from trl.data_utils import _tokenize, common_prefix_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from speckd.lookahead import Announced, Remembered
@@ -16,11 +17,13 @@ __all__ = [
     "DataCollatorForLanguageModeling",
     "announce_batches",
     "call_through",
+    "common_prefix_length",
     "finish_from_checkpoint",
     "is_sharded_by_deepspeed_or_fsdp",
     "marks_assistant",
     "remember_order",
     "save_checkpoint",
+    "token_ids",
 ]
 
 
@@ -88,6 +91,11 @@ def save_checkpoint(trainer: Any) -> str | None:
         trainer._save_checkpoint(trainer.model, trial=None)
     trainer.accelerator.wait_for_everyone()
     return str(folder)
+
+
+def token_ids(tokenizer: Any, said: str | list[dict[str, Any]], **template: Any) -> list[int]:
+    """Text or messages as TRL's trainer cuts them into tokens; `template`: what goes to `apply_chat_template`."""
+    return list(_tokenize(tokenizer, said, **template)["input_ids"])
 
 
 def marks_assistant(tokenizer: Any) -> bool:

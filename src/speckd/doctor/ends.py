@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
-from transformers import GenerationConfig
 
-from speckd.checks import require_end_token, require_template
+from speckd.checks import require_end_token, require_template, stop_ids
 from speckd.data import is_conversational
 from speckd.doctor.before import Teacher, first_rows
 from speckd.doctor.findings import About, Examination, Finding, failure, note, ok, warning
@@ -50,16 +49,6 @@ def _ends_of_both(own: Any, teacher: Teacher) -> Iterator[Finding]:
         )
     else:
         yield ok(About.ENDS, f"the {teacher.called} ends with the same")
-
-
-def stop_ids(tokenizer: Any, name: str, revision: str) -> set[int]:
-    """At which tokens a model stops: its tokenizer's end (if given), and those of its generation configuration."""
-    own = [] if tokenizer is None else [tokenizer.eos_token_id]
-    try:
-        configured = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
-    except (OSError, ValueError):  # there need not be one
-        configured = None
-    return {i for i in (*own, *(configured if isinstance(configured, list) else [configured])) if i is not None}
 
 
 def template(settings: Settings, own: Any, taught_by: tuple[Teacher, ...], train: Dataset) -> Examination[bool]:

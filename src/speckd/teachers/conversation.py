@@ -200,7 +200,7 @@ class Conversation:
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def _examined(self, connections: Connections, longest: int, texts: Many[tuple[str, list[int]]]) -> ServerFacts:
-        offered = _models(parsed(await connections.get("/v1/models", self.new_request_id())))
+        offered = offered_models(parsed(await connections.get("/v1/models", self.new_request_id())))
         model = self._chosen(connections.url, offered)
         if model.longest is not None and model.longest < longest + 1:
             raise CapabilityError(
@@ -293,7 +293,8 @@ def _most_bytes(sequences: list[list[int]], wanted: Wanted) -> int:
     return sum(map(len, sequences)) * entries * _ENTRY_BYTES + MESSAGE_BYTES
 
 
-def _models(reply: Any) -> list[ServedModel]:
+def offered_models(reply: Any) -> list[ServedModel]:
+    """Of `/v1/models`, parsed."""
     offered = []
     for card in spoken.field(reply, "data", list):
         longest = card.get("max_model_len") if isinstance(card, dict) else None

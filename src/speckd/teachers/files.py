@@ -68,7 +68,7 @@ def named(path: Path) -> Iterator[None]:
     except OSError as error:
         fix = "Free some space" if error.errno in _SHORT_OF_SPACE else "Check the disk and the folder's permissions"
         raise StoreError(
-            f"{path}: {error.strerror or error}", f"{fix}, then run `speckd cache` again: it makes what is missing"
+            f"{path}: {error.strerror or error}", f"{fix}, then run the same command again: it makes what is missing"
         ) from error
 
 

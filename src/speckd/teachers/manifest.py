@@ -48,7 +48,7 @@ def read_document(files: Files, path: Path) -> dict[str, Any]:
     if not intact:
         raise StoreError(
             f"{path}: damaged (it does not match its own checksum)",
-            "Delete this file and run `speckd cache` again: it makes what is missing",
+            "Delete this file and run the same command again: it makes what is missing",
         )
     if content.get("format") != FORMAT:
         raise StoreError(
