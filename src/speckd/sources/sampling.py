@@ -38,7 +38,18 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """[N, V] logits, [N] uniforms -> [N] token ids by inverse CDF in the order of ids; at temperature 0 the most probable."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probs = truncated(logits.float(), sampling).double().softmax(-1)
+    return drawn(probabilities(logits, sampling), uniform)
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """[N, V] float64: what `draw` draws from; at temperature 0 all of it is the most probable token's."""
+    if sampling.temperature == 0:
+        return torch.zeros(logits.shape, dtype=torch.float64, device=logits.device).scatter_(-1, logits.argmax(-1)[:, None], 1)
+    return truncated(logits.float(), sampling).double().softmax(-1)
+
+
+def drawn(probs: Tensor, uniform: Tensor) -> Tensor:
+    """[N, V] probabilities, [N] uniforms -> [N] token ids by inverse CDF."""
     below = probs.cumsum(-1)
     target = uniform[:, None] * below[:, -1:]
     found = (below <= target).sum(-1)
