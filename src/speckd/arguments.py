@@ -17,6 +17,7 @@ from speckd.moving_config import MovingConfig
 from speckd.sequence_config import SequenceConfig
 from speckd.teachers.placement import existing_device
 from speckd.teachers.sharding import SHARDINGS
+from speckd.types import SequenceDivergence
 
 #: Where a teacher may live.
 TEACHERS = ("model", "cache", "server", "base")
@@ -218,6 +219,11 @@ class SpecKDConfig(MovingConfig, SequenceConfig, SFTConfig):
 
     def _check_sequences(self) -> None:
         self.refuse_contradicting_sequences()
+        if isinstance(self.objective().divergence, SequenceDivergence):
+            raise ConfigError(
+                f"divergence: {self.divergence} is a policy gradient, and the data's text was not drawn from the student",
+                f"Set student_text_divergence: {self.divergence}, and divergence: reverse_kl for the data's text",
+            )
         if not self.writes:
             return
         if self.teacher == "cache":

@@ -15,12 +15,13 @@ from speckd import (
     own_parts,
     policies,
     ranked_gates,
+    sequence_kl,
     taid,
     token_temperature,
 )
 from speckd.errors import ConfigError
 from speckd.objective import Normalizer, Objective
-from speckd.types import BatchDivergence
+from speckd.types import BatchDivergence, SequenceDivergence
 
 #: What a user may write -> what builds it. Adding one: write it in its module, name it here.
 GATES: Mapping[str, Callable[..., Any]] = {
@@ -69,6 +70,7 @@ DIVERGENCES: Mapping[str, Callable[..., Any]] = {
     "label_nll": divergences.LabelNLL,
     "adaptive_teaching": adaptive_teaching.AdaptiveTeaching,
     "token_temperature": token_temperature.TokenTemperature,
+    "sequence_reverse_kl": sequence_kl.SequenceReverseKL,
 }
 
 #: What the fields of gates, policies and divergences may be, in words and for isinstance.
@@ -133,7 +135,7 @@ def named_divergence(key: str, name: str, options: Options | None) -> Any:
     options_key, given = f"{key}_options", mapping(f"{key}_options", options)
     if name == "token_temperature" and isinstance(given.get("divergence"), str):
         inner = named_divergence(key, given["divergence"], {})
-        if isinstance(inner, (BatchDivergence, divergences.LabelNLL)):
+        if isinstance(inner, (BatchDivergence, SequenceDivergence, divergences.LabelNLL)):
             raise ConfigError(
                 f"{options_key}: {given['divergence']} is no divergence of tokens one by one", "Name forward_kl or such"
             )

@@ -125,7 +125,7 @@ def _total_variation_entry(log_q: Any, log_p: Any, q: Any, p: Any, a: float, b: 
 forward_kl, reverse_kl, total_variation = ForwardKL(), ReverseKL(), TotalVariation()
 
 
-def _require_share(name: str, value: float) -> None:
+def require_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ConfigError(f"{name} is {value}", f"Use {name} between 0 and 1")
 
@@ -140,7 +140,7 @@ class GeneralizedJSD:
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        _require_share("beta", self.beta)
+        require_share("beta", self.beta)
 
     @property
     def notation(self) -> str:
@@ -174,7 +174,7 @@ class SkewedForwardKL:
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_share("alpha", self.alpha)
+        require_share("alpha", self.alpha)
 
     @property
     def notation(self) -> str:
@@ -204,7 +204,7 @@ class SkewedReverseKL:
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_share("alpha", self.alpha)
+        require_share("alpha", self.alpha)
 
     @property
     def notation(self) -> str:
@@ -270,7 +270,7 @@ class AdaptiveKL:
     head_mass: float = 0.5
 
     def __post_init__(self) -> None:
-        _require_share("head_mass", self.head_mass)
+        require_share("head_mass", self.head_mass)
 
     @property
     def notation(self) -> str:

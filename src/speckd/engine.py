@@ -36,7 +36,9 @@ from speckd.types import (
     DenseSignal,
     DenseTeacherRows,
     MonotoneGate,
+    PolicyGradient,
     Rows,
+    SequenceDivergence,
     TeacherRows,
     TeacherSignal,
     TokenKeys,
@@ -235,6 +237,7 @@ class _Batch:
             self.teacher_space = room((min(shape[0], self.most), shape[1]), self.dtype, self.hidden.device)
         self.largest = _Largest.of(self.entropy)
         self.numbers = torch.arange(len(self.rows), device=self.hidden.device)
+        self.following: PolicyGradient | None = None
         self.waiting: list[Tensor] = []  # which rows the gradients at the head of student_space belong to
 
     @cached_property
@@ -297,16 +300,18 @@ class _Batch:
         return kernels.signal(logits, self.objective.divergence_temperature)
 
     def _first_pass(self) -> Tensor | None:
-        """What a `BatchGate` and a `BatchDivergence` find out of every row, of all processes, before the first is weighed.
+        """What a `BatchGate` and a `BatchDivergence` find out of every row, of all processes, before the first is weighed; and
+        what followed a row, for a `SequenceDivergence`, whose sequences are whole in a process.
 
         The verdicts, [N], None where rows are judged one by one; the divergence is settled.
         """
         gate, divergence, temperature = self.objective.gate, self.objective.divergence, self.objective.divergence_temperature
         ranks, settles = isinstance(gate, BatchGate), isinstance(divergence, BatchDivergence)
-        if not self.objective.needs_teacher or not (ranks or settles):
+        if not self.objective.needs_teacher or not (ranks or settles or isinstance(divergence, SequenceDivergence)):
             return None
         scores: list[Tensor] = []
         distances: list[Tensor] = []
+        drawn: list[Tensor] = []
         # No gradient waits yet: where a reference is needed, its logits take the other half of the student's space.
         step = self.most if self.reference is None else max(1, min(self.most, len(self.student_space) // 2))
         for start in range(0, len(self.rows), step):
@@ -319,10 +324,15 @@ class _Batch:
                 scores.append(gate.score(Rows.of(student, teacher, part.labels, part.keys, reference)))
             if isinstance(divergence, BatchDivergence):
                 distances += batch_scores(divergence, student, teacher, part.labels, temperature)
+            if isinstance(divergence, SequenceDivergence):
+                drawn.append(torch.stack([side.label_log_prob(part.labels).to(self.dtype) for side in (student, teacher)]))
         self.largest.require_finite_logits(self.rows.keys)  # NaN has no rank
         if settles:
             every, _ = everybody(self._joined(distances), self.gather)
             self.objective = self.objective.settled(every) if len(self.rows) else self.objective
+        if isinstance(divergence, SequenceDivergence) and drawn:
+            own, other = torch.cat(drawn, -1)
+            self.following = divergence.policy_gradient(own, other, self.rows.keys)
         if not isinstance(gate, BatchGate):
             return None
         return verdicts(gate, self._joined(scores), self.rows.keys, self.gather).to(self.dtype)
@@ -368,7 +378,8 @@ class _Batch:
             acceptance = self.entropy.new_full((len(part),), torch.nan)
         with span(DIVERGENCE):
             out = self.student_space[held : held + len(numbers)] if self.gradients else None
-            found, live = self.row_pass(JudgedRows(student, teacher, part.labels, part.keys, acceptance), out)
+            following = None if self.following is None else self.following.rows(numbers)
+            found, live = self.row_pass(JudgedRows(student, teacher, part.labels, part.keys, acceptance, following), out)
         if out is not None and len(live):
             self.waiting.append(numbers[live])
         return numbers, found

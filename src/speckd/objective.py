@@ -16,7 +16,9 @@ from speckd.types import (
     BatchDivergence,
     Divergence,
     NeedsWholeTeacher,
+    PolicyGradient,
     Rows,
+    SequenceDivergence,
     TeacherSignal,
     TokenKeys,
     at_labels,
@@ -33,8 +35,8 @@ class Objective:
     Args:
         gate: which tokens are accepted.
         rejected: what the others get.
-        divergence: (student, teacher) log-probs -> one number per token; or one with a coefficient that is the batch's, or the
-            label's cross-entropy, which the gate then weighs.
+        divergence: (student, teacher) log-probs -> one number per token; or one with a coefficient that is the batch's, or one
+            of whole texts, or the label's cross-entropy, which the gate then weighs.
         normalizer: what the sum is divided by: "valid", the number of supervised tokens (the paper's; at low acceptance it is
             also a smaller step), or "weight", the sum of all the tokens' weights.
         label_loss_weight: λ, the share of plain cross-entropy; 1 is SFT and needs no teacher.
@@ -59,6 +61,12 @@ class Objective:
         if self.learns_labels and self.divergence_temperature != 1:
             raise ConfigError(
                 f"divergence_temperature is {self.divergence_temperature}, but label_nll is taken at temperature 1", "Remove it"
+            )
+        if isinstance(self.divergence, SequenceDivergence) and self.divergence_temperature != 1:
+            raise ConfigError(
+                f"divergence_temperature is {self.divergence_temperature}, but a divergence of whole texts is taken at "
+                "temperature 1",
+                "Remove it",
             )
 
     @property
@@ -99,8 +107,9 @@ class TokenTerms:
     """The loss of N tokens, taken apart. All [N]; only `loss` carries gradient.
 
     `loss`: what is summed; `weight`: what "weight" counts; `acceptance`: the gate's verdict; `divergence`: D before any weight
-    and NaN where a zero weight made it unnecessary; `accepted_loss`, `rejected_loss`, `label_loss`: the parts of `loss` from
-    accepted weight, from rejected weight (down-weighted or fallback) and from `label_loss_weight`.
+    (of whole texts: what stands in its place for the gradient's sake, and is no distance) and NaN where a zero weight made it
+    unnecessary; `accepted_loss`, `rejected_loss`, `label_loss`: the parts of `loss` from accepted weight, from rejected weight
+    (down-weighted or fallback) and from `label_loss_weight`.
     """
 
     loss: Tensor
@@ -112,13 +121,14 @@ class TokenTerms:
     label_loss: Tensor
 
 
-def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTerms:
+def token_terms(objective: Objective, rows: Rows, acceptance: Tensor, following: PolicyGradient | None = None) -> TokenTerms:
     """Weigh and diverge. Gradient flows to `rows.student_logits` only.
 
     Args:
         objective: the composition, its divergence settled.
         rows: N supervised tokens.
         acceptance: [N] from the gate, no gradient.
+        following: what a `SequenceDivergence` found of the rest of their texts.
     """
     acceptance = acceptance.to(rows.student_logits.dtype)
     on, fallback_on = objective.rejected.weights(acceptance)
@@ -137,6 +147,8 @@ def token_terms(objective: Objective, rows: Rows, acceptance: Tensor) -> TokenTe
             places = label_places(rows.teacher.rows(weighed), rows.labels[weighed])
             divergence_of = at_labels(objective.token_divergence, places)
             per_token = (temperature**2 * divergence_of(*_on_support(rows, weighed, temperature))).to(loss.dtype)
+            if following is not None:
+                per_token = following.rows(weighed).of(per_token, label_log_prob[weighed])
         loss = loss.index_add(0, weighed, share * on[weighed] * per_token)
         divergence = divergence.index_copy(0, weighed, per_token.detach())
         own = torch.where(acceptance[weighed] > 0, acceptance[weighed] * per_token.detach(), 0)

@@ -26,6 +26,7 @@ from speckd.types import (
     DenseSignal,
     Divergence,
     LabelledDivergence,
+    PolicyGradient,
     Rows,
     TeacherSignal,
     TokenKeys,
@@ -87,7 +88,7 @@ def token_weights(objective: Objective, acceptance: Tensor) -> tuple[Tensor, Ten
 class JudgedRows:
     """n rows and the gate's verdict, [n]. The teacher's signal is for the first of them; the others are rejected.
 
-    The logits of both sides are used up by the pass.
+    The logits of both sides are used up by the pass. `following`: where the divergence is one of whole texts.
     """
 
     student: DenseSignal
@@ -95,6 +96,19 @@ class JudgedRows:
     labels: Tensor
     keys: TokenKeys
     acceptance: Tensor
+    following: PolicyGradient | None = None
+
+    def slope_weights(self, on: Tensor) -> Tensor:
+        """[n] of the divergence's gradient; `on`: [n], as of `token_weights`."""
+        return on if self.following is None else on * self.following.weight
+
+    def label_costs(self, on: Tensor) -> Tensor:
+        """[n] of the label's cross-entropy, where what followed asks for it."""
+        return torch.zeros_like(on) if self.following is None else self.slope_weights(on) * self.following.advantage
+
+    def with_following(self, index: Tensor, divergence: Tensor, found: RowResults) -> Tensor:
+        """[r] divergences of some rows -> what stands in their place."""
+        return divergence if self.following is None else self.following.rows(index).of(divergence, found.label_log_prob[index])
 
 
 @dataclass(frozen=True)
@@ -117,10 +131,12 @@ class RowPass:
         """
         on, fallen = token_weights(self.objective, rows.acceptance)
         found = RowResults.of(rows.acceptance)
-        accepted_labels = on if self.objective.learns_labels else torch.zeros_like(on)
-        taught = (on != accepted_labels) | ((fallen != 0) & self.by_definition)
-        labelled = ~taught & ((accepted_labels != 0) | (fallen != 0) | (self.objective.label_loss_weight > 0))
-        label = self.label_slopes(rows, fallen, found, wanted=out is not None, accepted=accepted_labels)
+        learns_labels = self.objective.learns_labels
+        taught = ((on != 0) & (not learns_labels)) | ((fallen != 0) & self.by_definition)
+        labelled = ~taught & (((on != 0) & learns_labels) | (fallen != 0) | (self.objective.label_loss_weight > 0))
+        costs = on if learns_labels else rows.label_costs(on)
+        label = self.label_slopes(rows, fallen, found, wanted=out is not None, costs=costs)
+        on = rows.slope_weights(on)
         first, second = taught.nonzero()[:, 0], labelled.nonzero()[:, 0]
         # Packing rows of one kind never overtakes what is still to be read; of two kinds it would, so each stays in its place.
         packed = not len(second)
@@ -132,9 +148,11 @@ class RowPass:
             if self.by_definition and bool((fallen[index] != 0).any()):
                 self._define(rows, index, to, found, out)
             elif isinstance(rows.teacher, TopKSignal) and rows.teacher.token_ids.shape[-1] < rows.student.logits.shape[-1]:
-                found.divergence[index] = self._learn_top_k(rows, rows.teacher, index, on[index], label, to, out)
+                value = self._learn_top_k(rows, rows.teacher, index, on[index], label, to, out)
+                found.divergence[index] = rows.with_following(index, value, found)
             else:
-                found.divergence[index] = self._learn_dense(rows, index, on[index], label, to, out)
+                value = self._learn_dense(rows, index, on[index], label, to, out)
+                found.divergence[index] = rows.with_following(index, value, found)
         if out is None or packed:
             return found, first
         for start in range(0, len(second), self.tile):
@@ -156,23 +174,20 @@ class RowPass:
         divergence = self.objective.token_divergence if self._labelled is None else self._labelled.at(labels)
         return divergence_slope(divergence, self._closed_form, log_q, log_p, q, p, wanted)
 
-    def label_slopes(
-        self, rows: JudgedRows, fallen: Tensor, found: RowResults, wanted: bool, accepted: Tensor | None = None
-    ) -> Tensor | None:
+    def label_slopes(self, rows: JudgedRows, fallen: Tensor, found: RowResults, wanted: bool, costs: Tensor) -> Tensor | None:
         """[n] derivative of fallback and label loss for the label's log-probability; None where no row has either.
 
-        `accepted`: [n], the weight of rows whose divergence is the label's cross-entropy.
+        `costs`: [n], the weight of the label's cross-entropy in the divergence's place or beside it.
         """
         weight, falls = self.objective.label_loss_weight, fallen.nonzero()[:, 0]
-        learns = falls if accepted is None else ((fallen != 0) | (accepted != 0)).nonzero()[:, 0]
+        learns = ((fallen != 0) | (costs != 0)).nonzero()[:, 0]
         if weight == 0 and not len(learns):
             return None
         needed = torch.arange(len(fallen), device=fallen.device) if weight else learns
         found.label_log_prob[needed] = rows.student.label_log_probs(needed, rows.labels[needed])
-        slopes = torch.full_like(found.label_log_prob, -weight)
-        if accepted is not None:
-            slopes -= accepted
-            own = accepted.nonzero()[:, 0]
+        slopes = torch.full_like(found.label_log_prob, -weight) - costs
+        if self.objective.learns_labels:
+            own = costs.nonzero()[:, 0]
             found.divergence[own] = -found.label_log_prob[own]
         if len(falls) and not self.by_definition:
             with torch.set_grad_enabled(wanted):
@@ -272,9 +287,10 @@ class RowPass:
         found.fallback[index] = self.objective.rejected.fallback(
             FallbackRows(found.label_log_prob[index], support, temperature)
         ).to(logits.dtype)
+        following = None if rows.following is None else rows.following.rows(index)
         with torch.set_grad_enabled(out is not None):
             leaf = logits.requires_grad_(out is not None)
-            terms = token_terms(self.objective, replace(seen, student_logits=leaf), rows.acceptance[index])
+            terms = token_terms(self.objective, replace(seen, student_logits=leaf), rows.acceptance[index], following)
             loss = terms.loss.sum()
         found.divergence[index] = terms.divergence / temperature**2
         if out is None:

@@ -6,11 +6,16 @@ from speckd.config import REJECTED, Options, build, mapping, named_divergence, n
 from speckd.errors import ConfigError
 from speckd.objective import Objective
 from speckd.policies import Label
+from speckd.sequence_kl import SequenceReverseKL
 from speckd.sources.mixture import Mixture
 from speckd.sources.writer import Sampling
 
 #: Whose words are trained on.
-SOURCES = ("dataset", "student", "replay", "paired", "interleaved")
+SOURCES = ("dataset", "student", "replay", "paired", "interleaved", "mixed")
+
+
+#: Who writes, where it is not the student alone.
+_WRITERS = {"interleaved": "text by student and teacher in turn", "mixed": "text drawn from student and teacher mixed"}
 
 
 @dataclass
@@ -21,8 +26,9 @@ class SequenceConfig:
         default="dataset",
         metadata={
             "help": "whose completions are trained on: dataset; student (written anew in each step); replay (also those of "
-            "earlier steps, DistiLLM); paired (the data's and, beside it, the student's, DistiLLM-2); or interleaved (the "
-            "student proposes each token, and the teacher replaces what is not in its top-K, SKD)"
+            "earlier steps, DistiLLM); paired (the data's and, beside it, the student's, DistiLLM-2); interleaved (the "
+            "student proposes each token, and the teacher replaces what is not in its top-K, SKD); or mixed (each token is "
+            "drawn from a mixture of teacher and student, MiniLLM)"
         },
     )
     on_policy_fraction: float = field(default=1.0, metadata={"help": "share of the samples that the student writes"})
@@ -45,6 +51,7 @@ class SequenceConfig:
     interleaved_block: int = field(
         default=5, metadata={"help": "tokens that are proposed before the teacher is asked; changes no text"}
     )
+    teacher_mix: float = field(default=0.2, metadata={"help": "of mixed text: the teacher's share in every token's draw"})
     student_text_divergence: str | None = field(
         default=None, metadata={"help": "the divergence on text that the student wrote; by default, divergence"}
     )
@@ -77,7 +84,7 @@ class SequenceConfig:
         end = "" if self.on_policy_fraction_end is None else f" to {self.on_policy_fraction_end:.0%}"
         beside = "beside" if self.sequence_source == "paired" else "in the place of"
         again = ", partly replayed" if self.sequence_source == "replay" else ""
-        whose = "text by student and teacher in turn" if self.sequence_source == "interleaved" else "the student's text"
+        whose = _WRITERS.get(self.sequence_source, "the student's text")
         return f"{whose} {beside} the data's for {self.on_policy_fraction:.0%}{end} of the samples{again}"
 
     def mixture(self, seed: int) -> Mixture:
@@ -99,6 +106,10 @@ class SequenceConfig:
         if self.student_text_rejected is not None:
             key = "student_text_rejected"
             found = replace(found, rejected=build(key, REJECTED, self.student_text_rejected, key, None))
+        if isinstance(found.divergence, SequenceReverseKL):
+            self._refuse_other_draws()
+            share = self.teacher_mix if self.sequence_source == "mixed" else 0.0
+            found = replace(found, divergence=replace(found.divergence, teacher_mix=share))
         if isinstance(found.rejected, Label):
             raise ConfigError(
                 "rejected: label: on text that the student writes, the label is its own token, and to learn that one where it "
@@ -107,6 +118,16 @@ class SequenceConfig:
             )
         return found
 
+    def _refuse_other_draws(self) -> None:
+        """A policy gradient is one of text as its policy writes it."""
+        drawn = (self.sampling_temperature, self.sampling_top_k, self.sampling_top_p) == (1, 0, 1)
+        if not drawn or self.sequence_source not in ("student", "paired", "mixed"):
+            raise ConfigError(
+                "sequence_reverse_kl is a policy gradient: its text must be drawn anew from the student as it is, or from its "
+                "mixture with the teacher",
+                "Set sequence_source: student, paired or mixed, sampling_temperature: 1, sampling_top_k: 0, sampling_top_p: 1",
+            )
+
     def refuse_contradicting_sequences(self) -> None:
         """Within these settings; what the trainer's others have to do with them is checked where those are."""
         if self.sequence_source not in SOURCES:
@@ -114,7 +135,7 @@ class SequenceConfig:
                 f"sequence_source: '{self.sequence_source}' is not one of its values",
                 nearest(str(self.sequence_source), list(SOURCES)),
             )
-        for key in ("on_policy_fraction", "on_policy_fraction_end"):
+        for key in ("on_policy_fraction", "on_policy_fraction_end", "teacher_mix"):
             share = getattr(self, key)
             if share is not None and not 0 <= share <= 1:
                 raise ConfigError(f"{key} is {share}", "Give a share between 0 and 1")

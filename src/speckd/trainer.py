@@ -61,6 +61,7 @@ from speckd.origins import loss_by_origin
 from speckd.reference_model import reference_source
 from speckd.sources.completions import CollapseWatch
 from speckd.sources.interleaved import InterleavedWriter
+from speckd.sources.mixed import MixedWriter
 from speckd.sources.mixture import AdaptiveFraction
 from speckd.sources.model_writer import ModelWriter, stop_ids
 from speckd.sources.replay import ReplayBuffer
@@ -346,26 +347,21 @@ class SpecKDTrainer(SFTTrainer):
         )
 
     def _own_writer(self, positions: int | None) -> Writer:
-        """The student in this process, its teacher beside it where text is interleaved."""
+        """The student in this process, its teacher beside it where both write."""
         student, args = self.student, self.args
         stops = stop_ids(student, self.processing_class)
-        if args.sequence_source != "interleaved":
+        if args.sequence_source not in ("interleaved", "mixed"):
             unshared = self._training_vocabulary.outside(student.get_output_embeddings().weight.shape[0])
             return ModelWriter(student, stops, unshared, positions, self.accelerator.autocast)
         if not isinstance(self.source, ModelSource) or self.shards:
             raise ConfigError(
-                "sequence_source: interleaved asks one teacher about every token, whole and in this process",
+                f"sequence_source: {args.sequence_source} asks one teacher about every token, whole and in this process",
                 "Set teacher: model and teacher_model_name_or_path, without teacher_sharding",
             )
-        return InterleavedWriter(
-            student,
-            self.source.model,
-            self.vocabulary,
-            stops,
-            args.interleaved_top_k,
-            args.interleaved_block,
-            student_context=self.accelerator.autocast,
-        )
+        both, context = (student, self.source.model, self.vocabulary, stops), self.accelerator.autocast
+        if args.sequence_source == "mixed":
+            return MixedWriter(*both, args.teacher_mix, student_context=context)
+        return InterleavedWriter(*both, args.interleaved_top_k, args.interleaved_block, student_context=context)
 
     def _positions(self) -> int | None:
         """Of the model in this process that has the fewest."""

@@ -385,6 +385,37 @@ def at_labels(divergence: Divergence, labels: Tensor) -> Divergence:
     return divergence.at(labels) if isinstance(divergence, LabelledDivergence) else divergence
 
 
+@dataclass(frozen=True)
+class PolicyGradient:
+    """What the rest of its text makes of a row: `w·(D − A·log q(y))` takes the place of D. No gradient flows through either.
+
+    `weight`, `advantage`: [N], w and A.
+    """
+
+    weight: Tensor
+    advantage: Tensor
+
+    def rows(self, index: Tensor) -> "PolicyGradient":
+        return PolicyGradient(self.weight[index], self.advantage[index])
+
+    def of(self, divergence: Tensor, label_log_prob: Tensor) -> Tensor:
+        """[N] from [N] each; a label that no advantage asks for may be NaN."""
+        gain = torch.where(self.advantage != 0, self.advantage * label_log_prob, 0)
+        return self.weight * (divergence - gain)
+
+
+@runtime_checkable
+class SequenceDivergence(Protocol):
+    """A divergence of whole texts that the student wrote: called, it is its part at single tokens; the rest of its gradient is
+    that of the tokens drawn, by what followed them. Every row is looked at before the first is weighed."""
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor: ...
+
+    def policy_gradient(self, student: Tensor, teacher: Tensor, keys: TokenKeys) -> PolicyGradient:
+        """Log-probabilities of the tokens drawn, both [N], N ≥ 1, of whole sequences in any order -> what belongs to each."""
+        ...
+
+
 @runtime_checkable
 class NeedsWholeTeacher(Protocol):
     """A divergence, of a batch or not, that a top K and a tail cannot stand in for."""

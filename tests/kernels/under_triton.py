@@ -18,7 +18,8 @@ from speckd.kernels.statistics import MeasuredSignal, Statistics
 from speckd.objective import token_terms
 from speckd.policies import DownWeight, Label, Mask, Residual
 from speckd.row_pass import JudgedRows, RowPass, RowResults, wants_support
-from speckd.types import BatchGate, DenseSignal, Rows, TeacherSignal, TokenKeys, TopKSignal
+from speckd.sequence_kl import SequenceReverseKL
+from speckd.types import BatchGate, DenseSignal, PolicyGradient, Rows, TeacherSignal, TokenKeys, TopKSignal
 from tests.parity.cases import DIVERGENCES, ENTRYWISE, GATES
 
 GPU = torch.cuda.is_available()
@@ -154,6 +155,7 @@ class Batch:
     acceptance: Tensor
     top: int | None = None
     known: int | None = None
+    following: PolicyGradient | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -174,7 +176,7 @@ class Batch:
         """The loss's terms and its gradient for `before_cap`, by autograd."""
         leaf = self.before_cap.clone().requires_grad_()
         rows = Rows(self.logits(leaf), self.signal(torch.float64), self.labels, keys(len(self.labels)))
-        terms = token_terms(self.objective, rows, self.acceptance.double())
+        terms = token_terms(self.objective, rows, self.acceptance.double(), self.following)
         if not terms.loss.requires_grad:
             return terms, torch.zeros_like(leaf)
         terms.loss.sum().backward()
@@ -185,7 +187,7 @@ class Batch:
         if self.known is not None:
             signal = signal.rows(slice(self.known))
         student = MeasuredSignal.of(logits, self.objective.divergence_temperature) if measured else DenseSignal(logits)
-        return JudgedRows(student, signal, self.labels, keys(len(self.labels)), self.acceptance)
+        return JudgedRows(student, signal, self.labels, keys(len(self.labels)), self.acceptance, self.following)
 
     @property
     def kernels(self) -> KernelPass:
@@ -243,6 +245,16 @@ def test_gradients_of_a_top_k_with_a_tail(name: str, policy: Any) -> None:
 @pytest.mark.parametrize("name", ["adaptive_kl", "reverse_kl"])
 def test_a_top_k_needs_no_closed_form(name: str) -> None:
     batch(Objective(NoGate(), Label(), DIVERGENCES[name]), top=K).check()
+
+
+@pytest.mark.parametrize("head", [HEAD, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("top", [None, K])
+def test_a_divergence_of_whole_texts(head: LMHead, top: int | None) -> None:
+    weight = torch.tensor([1.2, 0.9, 0.4, 1.0, 1.1], device=DEVICE)
+    advantage = torch.tensor([0.7, -3.0, -0.5, 0.0, 2.0], device=DEVICE)
+    for policy, share in ((Mask(), 0.0), (DownWeight(0.1), 0.0), (Label(), 0.3)):
+        objective = Objective(NoGate(), policy, SequenceReverseKL(), label_loss_weight=share)
+        batch(objective, head, top, following=PolicyGradient(weight, advantage)).check()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_names_are_frozen() -> None:
     assert recipe_names() == (
-        "abkd akl distillm distillm-2 distillspec gkd imitkd jsd kd label-ratio lk-alpha lk-hybrid paper-v1 paper-v2-spec "
-        "paper-v2-top-k reverse-kl seqkd sft skd speckd taid todi top-k-label total-variation ungated".split()
+        "abkd akl distillm distillm-2 distillspec gkd imitkd jsd kd label-ratio lk-alpha lk-hybrid minillm paper-v1 "
+        "paper-v2-spec paper-v2-top-k reverse-kl seqkd sft skd speckd taid todi top-k-label total-variation ungated".split()
     )
     assert sorted(GATES) == (
         "entropy_gap entropy_weight excess_divergence excess_label_loss expected_spec hellinger inverted label_in_top_k "
@@ -31,7 +31,7 @@ def test_names_are_frozen() -> None:
     assert sorted(REJECTED) == ["down_weight", "label", "mask", "residual"]
     assert sorted(DIVERGENCES) == (
         "adaptive_kl adaptive_teaching alpha_beta forward_kl generalized_jsd label_nll lk_alpha lk_hybrid reverse_kl "
-        "skewed_forward_kl skewed_reverse_kl taid todi token_temperature total_variation".split()
+        "sequence_reverse_kl skewed_forward_kl skewed_reverse_kl taid todi token_temperature total_variation".split()
     )
     own = {f.name for f in dataclasses.fields(SpecKDConfig)} - {f.name for f in dataclasses.fields(SFTConfig)}
     assert own == set(
@@ -45,7 +45,7 @@ def test_names_are_frozen() -> None:
         "teacher_device share_teacher_prompt early_rejection loss_memory_budget "
         "scrambled_teacher_fraction max_dropped_mass loss_chunk_size gate_seed starvation_threshold starvation_patience "
         "sequence_source on_policy_fraction on_policy_fraction_end adaptive_on_policy replay_capacity interleaved_top_k "
-        "interleaved_block sampling_temperature "
+        "interleaved_block teacher_mix sampling_temperature "
         "sampling_top_k sampling_top_p max_completion_length student_text_divergence student_text_divergence_options "
         "student_text_rejected collapse_threshold collapse_patience log_completions".split()
     )
@@ -65,6 +65,7 @@ def test_recipes_are_what_they_say(tmp_path) -> None:
         "distillm-2": ("none", "mask", "skewed_forward_kl", "valid", 0.0),
         "gkd": ("none", "mask", "generalized_jsd", "valid", 0.0),
         "imitkd": ("none", "mask", "forward_kl", "valid", 0.0),
+        "minillm": ("none", "mask", "reverse_kl", "valid", 0.0),
         "label-ratio": ("label_ratio", "label", "forward_kl", "valid", 0.0),
         "paper-v1": ("top_k", "mask", "forward_kl", "valid", 0.0),
         "paper-v2-spec": ("spec", "down_weight", "forward_kl", "valid", 0.0),

@@ -52,6 +52,26 @@ def skewed_reverse_kl(p: Tensor, q: Tensor) -> Tensor:
     return forward_kl(q, 0.9 * p + 0.1 * q)
 
 
+def minillm(p: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    """MiniLLM, 2306.08543, the gradient it ends with (after eq. 6), as that of a loss whose w and R are constants:
+
+        ∇L = −E_{y∼p̃} Σ_t w_t·[∇ Σ_{y'} q(y'|y<t) log(p(y'|y<t)/q(y'|y<t)) + R_{t+1}^Norm·∇q(y_t|y<t)/q(y_t|y<t)]
+
+    w_t = q(y_t|y<t)/p̃(y_t|y<t), p̃ = α·p + (1−α)·q, α = 0.2; R_{t+1}^Norm the mean of log(p/q) over the tokens after t (the
+    paper's 1/(T−t−1) would divide by 0). Clipped as in the authors' code, losses.py: max(−A·w, −A·clip(w, 0.8, 1.2)).
+    """
+    at = torch.arange(len(y))
+    own, other = q[at, y], p[at, y]
+    rewards, weights = (other / own).log().detach(), (own / (0.2 * other + 0.8 * own)).detach()
+    terms = []
+    for t in range(len(y)):
+        later = [float(r) for r in rewards[t + 1 :]]
+        advantage, w = sum(later) / len(later) if later else 0.0, float(weights[t])
+        moves = -advantage * w >= -advantage * min(max(w, 0.8), 1.2)  # of the two, the one that has a gradient is the larger
+        terms.append(w * (reverse_kl(p[t], q[t]) - (advantage if moves else 0.0) * own[t].log()))
+    return torch.stack(terms)
+
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 #: recipe -> (on the data's text, on the student's).
 FORMULAS: dict[str, tuple[Distance, Distance]] = {
@@ -65,6 +85,8 @@ FORMULAS: dict[str, tuple[Distance, Distance]] = {
     # DistiLLM-2, 2503.07067: D_SKL(α)(x, y_teacher; p‖q) + D_SRKL(α)(x, y_student; p‖q).
     "distillm-2": (skewed_forward_kl, skewed_reverse_kl),
 }
+#: Those whose formula on the student's text is one of its very tokens.
+OF_TOKENS = {"minillm": minillm}
 ROWS = 8
 
 
@@ -85,13 +107,16 @@ def oracle(world: World, recipe: str, rows: list[dict], origins: list[int], axis
             q = student(input_ids=ids).logits[0, at, :axis].softmax(-1)
             with torch.no_grad():
                 p = teacher(input_ids=ids).logits[0, at, :axis].softmax(-1)
-            losses.append(FORMULAS[recipe][which](p, q))
+            if recipe in OF_TOKENS:
+                losses.append(OF_TOKENS[recipe](p, q, torch.tensor(text)))
+            else:
+                losses.append(FORMULAS[recipe][which](p, q))
     loss = torch.cat(losses).mean()
     loss.backward()
     return float(loss), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("recipe", FORMULAS)
+@pytest.mark.parametrize("recipe", [*FORMULAS, *OF_TOKENS])
 @pytest.mark.parametrize("cut", [(8, 1), (2, 4)])
 def test_the_loss_of_a_step_is_the_papers_formula(world: World, tmp_path: Path, recipe: str, cut) -> None:
     flags = f"--output_dir {tmp_path} --use_cpu true --max_steps 1 --learning_rate 0 --max_grad_norm 0 --save_strategy no"

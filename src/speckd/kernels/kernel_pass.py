@@ -38,17 +38,19 @@ class KernelPass(RowPass):
         found = RowResults.of(rows.acceptance)
         order = _Order.of(on != 0, (on != 0) | (fallen != 0) | (self.objective.label_loss_weight > 0))
         first, second = order.taught, order.labelled
-        chunk = _Chunk(
-            self, rows, self._measured(rows.student), self.label_slopes(rows, fallen, found, out is not None), out is not None
-        )
+        label = self.label_slopes(rows, fallen, found, wanted=out is not None, costs=rows.label_costs(on))
+        on = rows.slope_weights(on)
+        chunk = _Chunk(self, rows, self._measured(rows.student), label, out is not None)
         if len(second) and out is not None:
             chunk.learn_labels(second)
         if len(first) and isinstance(rows.teacher, TopKSignal) and rows.teacher.token_ids.shape[-1] < chunk.width:
-            found.divergence[first] = chunk.learn_top_k(rows.teacher, first, on[first][:, None])
+            value = chunk.learn_top_k(rows.teacher, first, on[first][:, None])
+            found.divergence[first] = rows.with_following(first, value, found)
         elif len(first):
             assert rows.teacher is not None
             teacher = self._measured(as_dense(rows.teacher))
             chunk.learn_dense(teacher, first, on, found.divergence)
+            found.divergence[first] = rows.with_following(first, found.divergence[first], found)
             apart = first[~torch.isfinite(found.divergence[first])]
             if len(apart):
                 self._learn_apart(rows, teacher, apart, found, out)
@@ -69,7 +71,8 @@ class KernelPass(RowPass):
         """Rows with probabilities of 0, of which only the divergence itself can say whether they matter; in their places."""
         for some in index.split(self.tile):
             student, reference = DenseSignal(rows.student.logits[some]), DenseSignal(teacher.logits[some].float())
-            part = JudgedRows(student, reference, rows.labels[some], rows.keys.rows(some), rows.acceptance[some])
+            following = None if rows.following is None else rows.following.rows(some)
+            part = JudgedRows(student, reference, rows.labels[some], rows.keys.rows(some), rows.acceptance[some], following)
             own, order = super().__call__(part, None if out is None else student.logits)
             found.divergence[some] = own.divergence
             if out is not None:
