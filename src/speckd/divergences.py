@@ -126,6 +126,7 @@ forward_kl, reverse_kl, total_variation = ForwardKL(), ReverseKL(), TotalVariati
 
 
 def require_share(name: str, value: float) -> None:
+    """Refuses, by a `ConfigError`, what is not between 0 and 1."""
     if not 0 <= value <= 1:
         raise ConfigError(f"{name} is {value}", f"Use {name} between 0 and 1")
 

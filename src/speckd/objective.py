@@ -62,7 +62,7 @@ class Objective:
             raise ConfigError(
                 f"divergence_temperature is {self.divergence_temperature}, but label_nll is taken at temperature 1", "Remove it"
             )
-        if isinstance(self.divergence, SequenceDivergence) and self.divergence_temperature != 1:
+        if self.divergence_temperature != 1 and isinstance(self.divergence, SequenceDivergence):
             raise ConfigError(
                 f"divergence_temperature is {self.divergence_temperature}, but a divergence of whole texts is taken at "
                 "temperature 1",

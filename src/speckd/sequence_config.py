@@ -108,6 +108,10 @@ class SequenceConfig:
             found = replace(found, rejected=build(key, REJECTED, self.student_text_rejected, key, None))
         if isinstance(found.divergence, SequenceReverseKL):
             self._refuse_other_draws()
+            if found.divergence.teacher_mix:
+                raise ConfigError(
+                    "student_text_divergence_options: teacher_mix is that of the text", "Set teacher_mix by itself"
+                )
             share = self.teacher_mix if self.sequence_source == "mixed" else 0.0
             found = replace(found, divergence=replace(found.divergence, teacher_mix=share))
         if isinstance(found.rejected, Label):

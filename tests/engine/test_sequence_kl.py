@@ -42,7 +42,7 @@ def test_on_average_over_the_students_texts_it_is_the_gradient_of_the_texts_dive
 
 
 def formula(given: Problem, divergence: SequenceReverseKL, values: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """[N] losses, each row for itself; `values`: KL(q ‖ p) on the support, `own`, `other`: [N] log-probabilities of the labels."""
+    """[N] losses, each row for itself; `values`: KL(q ‖ p) on the support; `own`, `other`: log-probabilities of the labels."""
     keys, losses, a = given.rows.keys, [], divergence.teacher_mix
     for i in range(len(own)):
         later = (keys.sample == keys.sample[i]) & (keys.position > keys.position[i])
@@ -60,7 +60,7 @@ def formula(given: Problem, divergence: SequenceReverseKL, values: Tensor, own: 
     "divergence", [SequenceReverseKL(teacher_mix=0.3), SequenceReverseKL(False, 0.0), SequenceReverseKL(clip_range=0)]
 )
 @pytest.mark.parametrize("top", [None, 6])
-def test_the_engine_gives_the_formula_whatever_the_chunks_and_the_order(divergence: SequenceReverseKL, top: int | None) -> None:
+def test_the_engine_gives_the_formula_in_any_chunks_and_order(divergence: SequenceReverseKL, top: int | None) -> None:
     given = problem(seed=3)
     order = torch.randperm(len(given.rows), generator=torch.Generator().manual_seed(1))
     for gate, rejected in ((NoGate(), Mask()), (TopK(5), DownWeight(0.01)), (TopK(5), Mask()), (TopK(5), Residual())):

@@ -44,6 +44,9 @@ def test_sums_are_bracketed_and_letters_explained(tmp_path: Path, capsys) -> Non
 def test_whose_text_it_is(tmp_path: Path, capsys) -> None:
     said = shown(tmp_path, capsys, "--recipe", "skd", "--dataset_name", "data.jsonl")
     assert "(x, y) ~ data.jsonl; text by student and teacher" in said and "y_t ∉ Top-25(p_t)" in said
+    said = shown(tmp_path, capsys, "--recipe", "minillm+speckd", "--teacher_mix", "0.3")
+    assert "(y_t ~ 0.3·p_t + 0.7·q_t)" in said and "V_t · w_t·[KL(q_t ‖ p_t) − R_t·log q_t(y_t)]" in said
+    assert "w_t = q_t(y_t)/(0.3·p_t(y_t) + 0.7·q_t(y_t))" in said
     said = shown(tmp_path, capsys, "--recipe", "distillm-2+speckd")
     own = next(line for line in said.splitlines() if line.startswith("on written"))
     assert "KL(q_t" in own and "KL(p_t" in next(line for line in said.splitlines() if line.startswith("loss"))

@@ -37,6 +37,7 @@ MODES = {
     "half": ["--on_policy_fraction", "0.5"],
     "replay": "--sequence_source replay --on_policy_fraction 0.8 --replay_capacity 8".split(),
     "paired": "--sequence_source paired --divergence skewed_forward_kl --student_text_divergence skewed_reverse_kl".split(),
+    "mixed": "--recipe minillm --sequence_source mixed --gate top_k --rejected down_weight".split(),
 }
 
 
@@ -191,6 +192,11 @@ REFUSED = {
     "fraction": ("--on_policy_fraction 1.5", "between 0 and 1"),
     "source": ("--sequence_source students", "Did you mean 'student'"),
     "nothing written": ("--sequence_source dataset --student_text_divergence reverse_kl", "the student writes nothing"),
+    "policy gradient on data": ("--divergence sequence_reverse_kl", "the data's text was not drawn from the student"),
+    "policy gradient of old text": ("--recipe minillm --sequence_source replay", "must be drawn anew from the student"),
+    "policy gradient of cut draws": ("--recipe minillm --sampling_top_p 0.9", "sampling_top_p: 1"),
+    "teacher_mix": ("--recipe minillm --teacher_mix 1.5", "teacher_mix is 1.5"),
+    "two mixes": ('--recipe minillm --student_text_divergence_options {"teacher_mix":0.1}', "Set teacher_mix"),
 }
 
 
