@@ -33,6 +33,7 @@ from speckd.tasks import distinct
 from speckd.tasks.__main__ import write as write_tasks
 
 LEVEL, ROWS, BATCH_SIZE, START_STEPS = 2, 2400, 24, 800
+NEW_TOKENS = 48  # the teacher needs 16 on average
 PLAIN, GATE = "plain", "speckd"
 DATA, TEACHER_TEXT = "data.jsonl", "teacher-text.jsonl"
 
@@ -133,6 +134,7 @@ def flags(job: Job, out: Path, folder: Path, steps: int, rate: float) -> list[st
         "warmup_steps": (steps if job.recipe else START_STEPS) // 10,
         "per_device_train_batch_size": BATCH_SIZE,
         "max_length": 128,
+        "max_completion_length": NEW_TOKENS,
         "logging_steps": 10,
         "save_strategy": "no",
         "gradient_checkpointing": False,
