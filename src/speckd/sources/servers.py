@@ -79,14 +79,15 @@ class Servers:
         """
         return self._wait_for(self._shared([_Job(ask) for ask in asks]))
 
-    def each(self, ask: Ask[_T]) -> list[_T]:
-        """Does one job on every server, one after the other, waiting for those that are not up yet.
+    def each(self, ask: Ask[_T], patience_s: float | None = None) -> list[_T]:
+        """Does one job on every server, one after the other, waiting for those that are not up yet; each so long at most, by
+        default `Timeouts.ready_s`.
 
         Raises:
             TeacherLostError: one is not to be had.
             ConfigError: one refuses.
         """
-        return self._wait_for(self._on_each(ask))
+        return self._wait_for(self._on_each(ask, self.timeouts.ready_s if patience_s is None else patience_s))
 
     def close(self) -> None:
         """Ends connections and thread."""
@@ -117,11 +118,11 @@ class Servers:
         for server in self.all:
             await server.connections.close()
 
-    async def _on_each(self, ask: Ask[_T]) -> list[_T]:
-        return [await self._patiently(server, ask) for server in self.all]
+    async def _on_each(self, ask: Ask[_T], patience_s: float) -> list[_T]:
+        return [await self._patiently(server, ask, patience_s) for server in self.all]
 
-    async def _patiently(self, server: Server, ask: Ask[_T]) -> _T:
-        deadline, pause = time.monotonic() + self.timeouts.ready_s, self.timeouts.backoff_s
+    async def _patiently(self, server: Server, ask: Ask[_T], patience_s: float) -> _T:
+        deadline, pause = time.monotonic() + patience_s, self.timeouts.backoff_s
         while True:
             try:
                 return await ask(server.connections, self._request_id())
@@ -129,7 +130,7 @@ class Servers:
                 raise ConfigError(f"server {server.url}: {error}", error.fix) from None
             except (Unreachable, Broken, BadAnswer) as error:
                 if time.monotonic() + pause > deadline:
-                    what = f"server {server.url} is not ready after {self.timeouts.ready_s:g} s: {error}"
+                    what = f"server {server.url} is not ready after {patience_s:g} s: {error}"
                     raise TeacherLostError(what, "Start it, or take it out of the list") from None
             await asyncio.sleep(pause)
             pause = min(2 * pause, self.timeouts.longest_backoff_s)
