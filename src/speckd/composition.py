@@ -45,6 +45,8 @@ def _written(args: SpecKDConfig) -> str:
     rule = "y_t ~ q_t"
     if args.sequence_source == "interleaved":
         rule = f"y_t ~ q_t, replaced by y_t ~ p_t where y_t ∉ Top-{args.interleaved_top_k}(p_t)"
+    if args.own_writer:
+        rule = f"y by {args.sequence_source}"
     again = f", or one of the last {args.replay_capacity} written" if args.sequence_source == "replay" else ""
     return f"{args.described_source} ({rule}{again})"
 

@@ -216,7 +216,7 @@ class Servers:
         if all(server.down_since is not None and now - server.down_since > patience for server in self.all):
             causes = "; ".join(f"{server.url}: {server.cause}" for server in self.all)
             raise TeacherLostError(
-                f"no server that writes has answered for {patience:g} s ({causes})", "Start one, then start again: it goes on"
+                f"no server that writes has answered for {patience:g} s ({causes})", "Start one, then start again"
             )
 
     def _request_id(self) -> str:
