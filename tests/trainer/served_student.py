@@ -11,7 +11,7 @@ from tests.sources.writing_server import WritingServer
 
 
 class StudentServer(WritingServer):
-    """`deaf`: says that weights are loaded, and goes on with the old ones; `lives`: completions that it writes before it dies."""
+    """`deaf`: says that weights are loaded, and goes on with the old ones; `lives`: answers that it gives before it dies."""
 
     def __init__(self, base: Path, deaf: bool = False, lives: int | None = None) -> None:
         super().__init__(model="student", longest=128)
@@ -28,10 +28,10 @@ class StudentServer(WritingServer):
         return found
 
     def good(self, body: dict[str, Any]) -> dict[str, Any]:
-        if "prompt_logprobs" in body:
-            return self.judged(body)
         if self.lives is not None and len(self.asked) > self.lives:
             raise ConnectionError
+        if "prompt_logprobs" in body:
+            return self.judged(body)
         ids = self.continued(body)
         choice = {"index": 0, "text": "x", "token_ids": ids, "prompt_token_ids": body["prompt"]}
         choice["finish_reason"] = "stop" if ids[-1] in body["stop_token_ids"] else "length"

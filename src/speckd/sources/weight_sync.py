@@ -81,7 +81,7 @@ class WeightSync(Protocol):
         ...
 
     def sync(self, step: int) -> None:
-        """To be called after each optimizer step, before text is asked for.
+        """To be called before a step's text is asked for; `step`: optimizer steps that were made.
 
         Raises:
             SpeckdError: a server cannot take the weights.
