@@ -45,7 +45,7 @@ class NonFiniteError(SpeckdError):
 
 
 class TeacherLostError(SpeckdError):
-    """No server, of the teacher or for the student's text, answers so that it can be trusted. What was learnt until then stands."""
+    """No server of the teacher or of the student's text can be asked and trusted. What was learnt until then stands."""
 
     exit_code = 4
 

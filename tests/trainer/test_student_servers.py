@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from speckd.cli import main
 from speckd.student_servers import WEIGHTS
 from tests.tiny import common_flags, log_of, run_cli
 from tests.trainer.conftest import World
@@ -126,3 +127,16 @@ def test_what_servers_cannot_do_is_refused_before_the_first_step(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == (4 if "nobody" in words else 2) and error.startswith("error: ") and said in error, json.dumps(error)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_doctor_tries_the_servers_and_leaves_nothing_there(
+    world: World, place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for deaf in (False, True):
+        with StudentServer(world.teacher if deaf else world.student, deaf=deaf) as server:
+            code = main(["doctor", *flags_of(world, place / "out", *LORA, "--student_server_urls", server.url)])
+            said = capsys.readouterr().out
+            assert ("says that it holds the student's weights, but is" in said) == deaf
+            assert code == 2 and ("first step" in said) != deaf, "a random teacher's padding is a failure, too"
+            assert not server.adapters and len(server.posted) >= 2
+    assert not (place / "out").exists()

@@ -80,14 +80,17 @@ class Servers:
         return self._wait_for(self._shared([_Job(ask) for ask in asks]))
 
     def each(self, ask: Ask[_T], patience_s: float | None = None) -> list[_T]:
-        """Does one job on every server, one after the other, waiting for those that are not up yet; each so long at most, by
-        default `Timeouts.ready_s`.
+        """Does one job on every server, one after the other, waiting for those that are not up yet; with `patience_s` no longer
+        than that for all together, else up to `Timeouts.ready_s` for each.
 
         Raises:
             TeacherLostError: one is not to be had.
             ConfigError: one refuses.
         """
-        return self._wait_for(self._on_each(ask, self.timeouts.ready_s if patience_s is None else patience_s))
+        try:
+            return self._wait_for(self._on_each(ask), patience_s)
+        except TimeoutError:
+            raise TeacherLostError(f"the servers have not answered for {patience_s:g} s", "See their own logs") from None
 
     def close(self) -> None:
         """Ends connections and thread."""
@@ -103,14 +106,14 @@ class Servers:
 
     # The thread
 
-    def _wait_for(self, work: "Coroutine[Any, Any, _T]") -> _T:
+    def _wait_for(self, work: "Coroutine[Any, Any, _T]", longest_s: float | None = None) -> _T:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="speckd-writers", daemon=True)
             self._thread.start()
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result()
+            return future.result(longest_s)
         finally:
             future.cancel()  # where the wait was interrupted
 
@@ -118,11 +121,11 @@ class Servers:
         for server in self.all:
             await server.connections.close()
 
-    async def _on_each(self, ask: Ask[_T], patience_s: float) -> list[_T]:
-        return [await self._patiently(server, ask, patience_s) for server in self.all]
+    async def _on_each(self, ask: Ask[_T]) -> list[_T]:
+        return [await self._patiently(server, ask) for server in self.all]
 
-    async def _patiently(self, server: Server, ask: Ask[_T], patience_s: float) -> _T:
-        deadline, pause = time.monotonic() + patience_s, self.timeouts.backoff_s
+    async def _patiently(self, server: Server, ask: Ask[_T]) -> _T:
+        deadline, pause = time.monotonic() + self.timeouts.ready_s, self.timeouts.backoff_s
         while True:
             try:
                 return await ask(server.connections, self._request_id())
@@ -130,7 +133,7 @@ class Servers:
                 raise ConfigError(f"server {server.url}: {error}", error.fix) from None
             except (Unreachable, Broken, BadAnswer) as error:
                 if time.monotonic() + pause > deadline:
-                    what = f"server {server.url} is not ready after {patience_s:g} s: {error}"
+                    what = f"server {server.url} is not ready after {self.timeouts.ready_s:g} s: {error}"
                     raise TeacherLostError(what, "Start it, or take it out of the list") from None
             await asyncio.sleep(pause)
             pause = min(2 * pause, self.timeouts.longest_backoff_s)

@@ -148,9 +148,8 @@ class BoundedSync:
 
     def close(self) -> None:
         """Leaves nothing behind, as far as the servers can still be asked."""
-        if self._step is not None:
-            with suppress(SpeckdError):
-                self._loading.unload(self._writer, _LAST_WAIT_S)
+        with suppress(SpeckdError):
+            self._loading.unload(self._writer, _LAST_WAIT_S)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._step = self._written = None
 
