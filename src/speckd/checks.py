@@ -20,6 +20,7 @@ from speckd.config import nearest
 from speckd.errors import ConfigError, DataError
 from speckd.gates import Inverted, LabelInTopK, MatchedRandom, TopK, TwoSided
 from speckd.settings import Settings
+from speckd.student_servers import WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _REPORTERS = {"wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "clearml"
 CANARY = "teacher_canary.json"
 
 #: What a run leaves that failed before its first checkpoint: nothing to keep, so its folder may be used again.
-_LEFT_BY_A_FAILED_RUN = {"config.yaml", "training_log.jsonl", "runs", CANARY}
+_LEFT_BY_A_FAILED_RUN = {"config.yaml", "training_log.jsonl", "runs", CANARY, WEIGHTS}
 
 #: Settings that may differ when a run is resumed: they change what is said and kept, not what is learnt.
 _FREE_ON_RESUME = {
@@ -53,6 +54,7 @@ _FREE_ON_RESUME = {
         "share_teacher_prompt",
     ),
     *(f"teacher_server_{name}" for name in ("urls", "concurrency", "tokens", "timeout_s", "patience_s")),
+    *("student_server_urls", "student_server_model", "student_server_concurrency"),
     "teacher_prefetch",
 }
 

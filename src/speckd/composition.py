@@ -47,6 +47,8 @@ def _written(args: SpecKDConfig) -> str:
         rule = f"y_t ~ q_t, replaced by y_t ~ p_t where y_t ∉ Top-{args.interleaved_top_k}(p_t)"
     if args.sequence_source == "mixed":
         rule = f"y_t ~ {args.teacher_mix:g}·p_t + {1 - args.teacher_mix:g}·q_t"
+    if args.own_writer:
+        rule = f"y by {args.sequence_source}"
     again = f", or one of the last {args.replay_capacity} written" if args.sequence_source == "replay" else ""
     return f"{args.described_source} ({rule}{again})"
 

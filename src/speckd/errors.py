@@ -1,6 +1,6 @@
 """What a user can mend, in one line: what is wrong and where, then the fix. The command line prints it and exits with a code.
 
-Exit codes: 2, a mistake to mend first; 4, the teacher's servers are lost, and the run can be resumed once they are back; 5,
+Exit codes: 2, a mistake to mend first; 4, the teacher's or the student's servers are lost, and the run can be resumed later; 5,
 what the student writes has collapsed, and the run was stopped with a checkpoint.
 """
 
@@ -45,7 +45,7 @@ class NonFiniteError(SpeckdError):
 
 
 class TeacherLostError(SpeckdError):
-    """No teacher's server answers, or none whose answers can be trusted. What was learnt until then stands."""
+    """No server of the teacher or of the student's text can be asked and trusted. What was learnt until then stands."""
 
     exit_code = 4
 

@@ -18,6 +18,7 @@ from speckd.errors import DataError, SpeckdError
 from speckd.sources.completions import COUNTS, CollapseWatch, counts, described
 from speckd.sources.mixture import AdaptiveFraction, Mixture, Origin
 from speckd.sources.replay import ReplayBuffer, Written
+from speckd.sources.served_student import ServedStudent
 from speckd.sources.writer import Draws, Prompt, Sampling, Writer
 from speckd.types import IGNORED_LABEL
 
@@ -45,6 +46,13 @@ def longest_prompt(dataset: Dataset, name: str) -> int:
                 raise DataError(f"{row} has several assistant turns to learn, of which only one can be written anew", fix)
             longest = max(longest, first)
     return longest
+
+
+def first_prompt(dataset: Dataset) -> Prompt:
+    """Of the first row that `longest_prompt` has found to have one."""
+    row = dataset[0]
+    labels = torch.tensor(row["labels"])
+    return Prompt(torch.tensor(row["input_ids"])[: int((labels != IGNORED_LABEL).long().argmax())], row[SAMPLE][0])
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class StudentText:
     """Chooses, writes and remembers; counts, and stops when the text collapses.
 
     Args:
-        writer: with the weights of the running step.
+        writer: with the weights of the running step, unless it is `served`.
         sampling, mixture: how it writes, and how much.
         collate: examples -> a batch.
         gather: a list -> the lists of all processes, joined.
@@ -104,6 +112,7 @@ class StudentText:
         replay: where DistiLLM's earlier text is kept, else None.
         paired: each chosen row stays beside its rewritten one.
         adaptive: moves the mixture's share, where it is not None.
+        served: the writer, where its weights are on servers, and must be renewed there.
     """
 
     def __init__(
@@ -117,7 +126,9 @@ class StudentText:
         replay: ReplayBuffer | None = None,
         paired: bool = False,
         adaptive: AdaptiveFraction | None = None,
+        served: ServedStudent | None = None,
     ) -> None:
+        self._served = served
         self._writer, self._sampling, self._mixture, self._collate = writer, sampling, mixture, collate
         self._gather, self._watch, self._replay, self._paired, self.adaptive = gather, watch, replay, paired, adaptive
         self._pending: list[Written] = []  # of the running step, of all processes
@@ -137,6 +148,8 @@ class StudentText:
         rows = [row for some in apart for row in some]
         origins = self._origins(rows, step, steps)
         try:
+            if self._served is not None:
+                self._served.sync(step)
             fresh, error = self._fresh([r for r, o in zip(rows, origins, strict=True) if o == Origin.STUDENT], step), None
         except SpeckdError as lost:
             fresh, error = [], lost
@@ -165,7 +178,9 @@ class StudentText:
             return []
         prompts = [row.prompt for row in rows]
         completions = self._writer.write(prompts, self._sampling, Draws(self._mixture.seed, step))
-        found = [Written(p, c, step, r.teacher) for p, c, r in zip(prompts, completions, rows, strict=True)]
+        of = step if self._served is None else self._served.weights_step
+        assert of is not None
+        found = [Written(p, c, of, r.teacher) for p, c, r in zip(prompts, completions, rows, strict=True)]
         self.last = found[0]
         return found
 
@@ -226,7 +241,8 @@ class StudentText:
 
     @staticmethod
     def metrics(sums: Tensor) -> dict[str, float]:
-        """Of added-up `window_sums`. `on_policy/staleness`: optimizer steps between writing and training, on average."""
+        """Of added-up `window_sums`. `on_policy/staleness`: optimizer steps between the weights that wrote and those that are
+        trained, on average."""
         written, rows, staleness, generation, seconds = sums[COUNTS:].tolist()
         found = described(sums[:COUNTS])
         found |= {"on_policy/fraction": written / rows} if rows else {}

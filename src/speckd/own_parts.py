@@ -32,14 +32,23 @@ def build(key: str, name: str, options: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: no such file, module or name; options it does not take; not such a part.
     """
+    part = _made(key, name, named(key, name), options)
+    _TRIALS[key](name, part)
+    return part
+
+
+def named(key: str, name: str) -> Any:
+    """What stands in a file or module under that name.
+
+    Raises:
+        ConfigError: no such file, module or name.
+    """
     where, _, attribute = name.rpartition(":")
     module = _module(key, name, where)
     found = getattr(module, attribute, None)
     if found is None:
         raise ConfigError(f"{key}: there is no '{attribute}' in {where}", f"Define it there, or write {key}: FILE.py:NAME")
-    part = _made(key, name, found, options)
-    _TRIALS[key](name, part)
-    return part
+    return found
 
 
 def _module(key: str, name: str, where: str) -> ModuleType:
@@ -53,7 +62,7 @@ def _module(key: str, name: str, where: str) -> ModuleType:
     except SpeckdError:
         raise
     except Exception as error:  # whatever the user's own code raises
-        raise ConfigError(f"{key}: {where} cannot be imported ({_said(error)})", f"Correct it, or the name {name}") from error
+        raise ConfigError(f"{key}: {where} cannot be imported ({said(error)})", f"Correct it, or the name {name}") from error
 
 
 @cache
@@ -86,7 +95,7 @@ def _made(key: str, name: str, found: Any, options: Mapping[str, Any]) -> Any:
     except SpeckdError:
         raise
     except Exception as error:
-        raise ConfigError(f"{key}: {name} cannot be made ({_said(error)})", f"Check {key}_options") from error
+        raise ConfigError(f"{key}: {name} cannot be made ({said(error)})", f"Check {key}_options") from error
 
 
 # ---- trials --------------------------------------------------------------------------------------------------------------
@@ -150,14 +159,15 @@ def _tried(key: str, name: str, asked: Any, rows: int) -> Tensor:
     try:
         found = asked()
     except Exception as error:  # whatever the user's own code raises
-        raise ConfigError(f"{key}: {name} is not {what}: asked about {rows} rows, it fails ({_said(error)})", fix) from error
+        raise ConfigError(f"{key}: {name} is not {what}: asked about {rows} rows, it fails ({said(error)})", fix) from error
     if not isinstance(found, Tensor) or found.shape != (rows,):
-        said = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__}"
-        raise ConfigError(f"{key}: {name} is not {what}: asked about {rows} rows, it gives {said}", f"Return [{rows}]: {fix}")
+        given = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__}"
+        raise ConfigError(f"{key}: {name} is not {what}: asked about {rows} rows, it gives {given}", f"Return [{rows}]: {fix}")
     if bool(found.isnan().any()):
         raise ConfigError(f"{key}: {name} gives NaN for an example", fix)
     return found.detach()
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """An exception of the user's code, in one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(". ")

@@ -16,6 +16,17 @@ OF_PART: Mapping[str, tuple[str, ...]] = {
     "rejected": ("rejected_options", "rejected_schedule"),
     "divergence": ("divergence_options", "divergence_schedule", "divergence_controller"),
     "label_loss_weight": ("objective_schedule",),
+    "sequence_source": (
+        "on_policy_fraction",
+        "on_policy_fraction_end",
+        "adaptive_on_policy",
+        "replay_capacity",
+        "interleaved_top_k",
+        "student_text_divergence",
+        "student_text_divergence_options",
+        "student_text_rejected",
+    ),
+    "student_text_divergence": ("student_text_divergence_options",),
 }
 
 

@@ -185,6 +185,7 @@ def new_trainer(
                 callbacks=[TrainingLog(output / "training_log.jsonl")],
                 teacher_source=source,
             )
+            refused.callback(trainer.close)
             require_ready(trainer, output)
             refused.pop_all()
             return trainer

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from speckd.config import REJECTED, Options, build, mapping, named_divergence, nearest
 from speckd.errors import ConfigError
 from speckd.objective import Objective
+from speckd.own_writer import require_writer_class
 from speckd.policies import Label
 from speckd.sequence_kl import SequenceReverseKL
 from speckd.sources.mixture import Mixture
@@ -12,7 +13,8 @@ from speckd.sources.writer import Sampling
 
 #: Whose words are trained on.
 SOURCES = ("dataset", "student", "replay", "paired", "interleaved", "mixed")
-
+#: What servers can write, given the student's weights.
+BY_SERVERS = ("student", "replay", "paired")
 
 #: Who writes, where it is not the student alone.
 _WRITERS = {"interleaved": "text by student and teacher in turn", "mixed": "text drawn from student and teacher mixed"}
@@ -27,8 +29,8 @@ class SequenceConfig:
         metadata={
             "help": "whose completions are trained on: dataset; student (written anew in each step); replay (also those of "
             "earlier steps, DistiLLM); paired (the data's and, beside it, the student's, DistiLLM-2); interleaved (the "
-            "student proposes each token, and the teacher replaces what is not in its top-K, SKD); or mixed (each token is "
-            "drawn from a mixture of teacher and student, MiniLLM)"
+            "student proposes each token, and the teacher replaces what is not in its top-K, SKD); mixed (each token is "
+            "drawn from a mixture of teacher and student, MiniLLM); or FILE.py:NAME, a writer of your own"
         },
     )
     on_policy_fraction: float = field(default=1.0, metadata={"help": "share of the samples that the student writes"})
@@ -65,12 +67,30 @@ class SequenceConfig:
         default=0.9, metadata={"help": "stop when this share of the completions repeats itself, is empty, or ends no more"}
     )
     collapse_patience: int = field(default=50, metadata={"help": "over so many steps; 0 never stops"})
+    student_server_urls: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "vLLM servers that write the student's text; they are given its weights, as docs/teacher-text.md says"
+        },
+    )
+    student_server_model: str | None = field(
+        default=None, metadata={"help": "the served student's name; by default the only model that is served"}
+    )
+    student_server_max_staleness: int = field(
+        default=0, metadata={"help": "optimizer steps that the servers' weights may be behind the student's"}
+    )
+    student_server_concurrency: int = field(default=32, metadata={"help": "requests at a time to one server of the student"})
     log_completions: bool = field(default=False, metadata={"help": "show one of the written completions with every log"})
 
     @property
     def writes(self) -> bool:
         """Is any text written in training?"""
         return self.sequence_source != "dataset"
+
+    @property
+    def own_writer(self) -> bool:
+        """Does a class of the user's own write it?"""
+        return ":" in self.sequence_source
 
     @property
     def sampling(self) -> Sampling:
@@ -85,6 +105,10 @@ class SequenceConfig:
         beside = "beside" if self.sequence_source == "paired" else "in the place of"
         again = ", partly replayed" if self.sequence_source == "replay" else ""
         whose = _WRITERS.get(self.sequence_source, "the student's text")
+        if self.own_writer:
+            whose = f"text by {self.sequence_source}"
+        if self.student_server_urls:
+            whose += f" (by servers, with weights at most {self.student_server_max_staleness} steps old)"
         return f"{whose} {beside} the data's for {self.on_policy_fraction:.0%}{end} of the samples{again}"
 
     def mixture(self, seed: int) -> Mixture:
@@ -134,7 +158,9 @@ class SequenceConfig:
 
     def refuse_contradicting_sequences(self) -> None:
         """Within these settings; what the trainer's others have to do with them is checked where those are."""
-        if self.sequence_source not in SOURCES:
+        if self.own_writer:
+            require_writer_class(self.sequence_source)
+        elif self.sequence_source not in SOURCES:
             raise ConfigError(
                 f"sequence_source: '{self.sequence_source}' is not one of its values",
                 nearest(str(self.sequence_source), list(SOURCES)),
@@ -153,6 +179,7 @@ class SequenceConfig:
                 raise ConfigError(f"{key} is {getattr(self, key)}", f"Use {least} or more")
         if self.replay_capacity < 1:
             raise ConfigError(f"replay_capacity is {self.replay_capacity}", "Keep at least 1 completion")
+        self._refuse_contradicting_servers()
         self.sampling  # noqa: B018  (checks itself)
         mapping("student_text_divergence_options", self.student_text_divergence_options)
         if self.student_text_divergence_options is not None and self.student_text_divergence is None:
@@ -169,4 +196,18 @@ class SequenceConfig:
                 "adaptive_on_policy moves on_policy_fraction with the held-out loss, which needs a sequence_source that writes "
                 "and no on_policy_fraction_end",
                 "Set sequence_source: replay and remove on_policy_fraction_end",
+            )
+
+    def _refuse_contradicting_servers(self) -> None:
+        """Of those that write the student's text."""
+        if self.student_server_max_staleness < 0:
+            raise ConfigError(
+                f"student_server_max_staleness is {self.student_server_max_staleness}", "Give a number of optimizer steps, or 0"
+            )
+        if self.student_server_concurrency < 1:
+            raise ConfigError(f"student_server_concurrency is {self.student_server_concurrency}", "Give at least 1")
+        if self.student_server_urls and self.sequence_source not in BY_SERVERS:
+            raise ConfigError(
+                f"student_server_urls is set, but with sequence_source: {self.sequence_source} servers write nothing",
+                f"Set sequence_source: {', '.join(BY_SERVERS[:-1])} or {BY_SERVERS[-1]}, or remove student_server_urls",
             )

@@ -107,7 +107,7 @@ def source_named(source: TeacherSource | None) -> tuple[str, str] | None:
 
 
 def require_ready(trainer: SpecKDTrainer, output: Path) -> None:
-    """Asks a teacher elsewhere whether it can answer what this run will ask.
+    """Asks a teacher elsewhere whether it can answer what this run will ask, and servers of the student to take its weights.
 
     Args:
         trainer: with its data prepared.
@@ -123,6 +123,8 @@ def require_ready(trainer: SpecKDTrainer, output: Path) -> None:
             _probe(trainer, trainer.source.pool, output / CANARY)
             if trainer.objective.needs_teacher:
                 _require_little_dropped(trainer, trainer.source.pool)
+    if trainer.served_student is not None:
+        trainer.served_student.sync(0)
 
 
 def probe_texts(tokenizer: Any) -> list[tuple[str, list[int]]]:

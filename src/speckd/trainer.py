@@ -46,7 +46,6 @@ from speckd.errors import (
     DataError,
     NonFiniteError,
     SpeckdError,
-    TeacherLostError,
     VocabularyError,
 )
 from speckd.evaluate import HeldOutSums, measure
@@ -56,8 +55,9 @@ from speckd.lookahead import Lookahead
 from speckd.metrics import AcceptanceTally, StarvationWatch
 from speckd.moving import Clock, MovingObjective, Seen
 from speckd.objective import Objective
-from speckd.on_policy import WRITTEN, StepClock, StudentText, longest_prompt
+from speckd.on_policy import WRITTEN, StepClock, StudentText, first_prompt, longest_prompt
 from speckd.origins import loss_by_origin
+from speckd.own_writer import own_writer
 from speckd.reference_model import reference_source
 from speckd.sources.completions import CollapseWatch
 from speckd.sources.interleaved import InterleavedWriter
@@ -65,8 +65,10 @@ from speckd.sources.mixed import MixedWriter
 from speckd.sources.mixture import AdaptiveFraction
 from speckd.sources.model_writer import ModelWriter, stop_ids
 from speckd.sources.replay import ReplayBuffer
-from speckd.sources.writer import Writer
+from speckd.sources.served_student import ServedStudent
+from speckd.sources.writer import Writer, WriterContext
 from speckd.spans import DATA, GENERATION, HEAD_AND_LOSS, OPTIMIZER, STUDENT_FORWARD, span
+from speckd.student_servers import served_student
 from speckd.teachers import ScrambledTeacher
 from speckd.teachers.base import BaseSource
 from speckd.teachers.model import ModelSource, on_device
@@ -221,6 +223,7 @@ class SpecKDTrainer(SFTTrainer):
         self._check_models()
         self._check_data()
         self._clock = StepClock(self._step_made)
+        self.served_student: ServedStudent | None = None  # where servers write for it
         self.student_text = self._writing(writer) if args.writes else None
         for source in self.model_sources:
             source.sharing = self._prompt_sharing(source)
@@ -334,8 +337,10 @@ class SpecKDTrainer(SFTTrainer):
         longest = prompt + args.max_completion_length
         self.longest_row["written"] = longest if positions is None else min(longest, positions)
         self.add_callback(self._clock)
+        writer = writer or self._own_writer(prompt, positions)
+        self.served_student = writer if isinstance(writer, ServedStudent) else None
         return StudentText(
-            writer or self._own_writer(positions),
+            writer,
             args.sampling,
             args.mixture(args.seed),
             lambda examples: self._prepare_inputs(self.data_collator(examples)),
@@ -344,14 +349,24 @@ class SpecKDTrainer(SFTTrainer):
             ReplayBuffer(args.replay_capacity) if args.sequence_source == "replay" else None,
             args.sequence_source == "paired",
             AdaptiveFraction(args.on_policy_fraction) if args.adaptive_on_policy else None,
+            self.served_student,
         )
 
-    def _own_writer(self, positions: int | None) -> Writer:
-        """The student in this process, its teacher beside it where both write."""
+    def _own_writer(self, prompt: int, positions: int | None) -> Writer:
+        """As the settings say: the student here or on servers, its teacher beside it where both write, or the user's own.
+
+        `prompt`: tokens of the longest.
+        """
         student, args = self.student, self.args
         stops = stop_ids(student, self.processing_class)
+        unshared = self._training_vocabulary.outside(student.get_output_embeddings().weight.shape[0])
+        there = WriterContext(student, self.processing_class, tuple(stops), unshared, positions, self.accelerator.autocast)
+        if args.own_writer:
+            return own_writer(args.sequence_source, there, first_prompt(self.train_dataset), args.sampling)
+        if args.student_server_urls:
+            text = self.train_dataset[0]["input_ids"]
+            return served_student(args, there, self.accelerator, self.model, text, prompt)
         if args.sequence_source not in ("interleaved", "mixed"):
-            unshared = self._training_vocabulary.outside(student.get_output_embeddings().weight.shape[0])
             return ModelWriter(student, stops, unshared, positions, self.accelerator.autocast)
         if not isinstance(self.source, ModelSource) or self.shards:
             raise ConfigError(
@@ -483,9 +498,11 @@ class SpecKDTrainer(SFTTrainer):
             yield from () if dataset is None else sequences_in(dataset)
 
     def close(self) -> None:
-        """Lets go of the teacher, with the connections and threads of its servers: nothing can be asked of it afterwards."""
+        """Lets go of teacher and writer, with the connections and threads of their servers: neither can be asked afterwards."""
         if self.source is not None:
             self.source.close()
+        if self.served_student is not None:
+            self.served_student.close()
 
     # ---- loss ----------------------------------------------------------------------------------------------------------
 
@@ -573,12 +590,12 @@ class SpecKDTrainer(SFTTrainer):
 
     def _stop_where_lost(self, lost: SpeckdError | None, losers: int) -> None:
         """Everywhere with the cause, for the first process that ends takes the others, and what they had to say, with it."""
-        told_by_all = gather_object([None if lost is None else (lost.what, lost.fix)]) if losers else []
+        told_by_all = gather_object([None if lost is None else (type(lost), lost.what, lost.fix)]) if losers else []
         if lost is not None:
             raise lost
         if losers:
-            what, fix = next(told for told in told_by_all if told is not None)
-            raise TeacherLostError(f"another process has lost its teacher: {what}", fix)
+            kind, what, fix = next(told for told in told_by_all if told is not None)
+            raise kind(f"another process: {what}", fix)
 
     def _mask_repeated_rows(self, batches: list[dict[str, Any]]) -> None:
         """An epoch's last batches are filled up with rows seen before, so that processes have as many: learn none twice."""

@@ -24,6 +24,7 @@ from speckd.teachers.exchange import Timeouts
 from tests.repository.files import ROOT
 from tests.served.vllm_cpu import RealServer
 from tests.served.widened import widen
+from tests.tiny import common_flags, log_of, run_cli, write_rows
 
 PYTHON = os.environ.get("SPECKD_VLLM", "")
 SHARED = Path(os.environ.get("SPECKD_SHARED", ROOT.parent / "shared"))
@@ -169,6 +170,44 @@ def test_after_a_synchronisation_greedy_text_is_the_adapted_students(writer: Ser
         seen.append(written(writer))
         assert seen[-1] == greedy(student)
     assert len(set(map(str, seen))) == len(seen), "otherwise nothing was shown"
+
+
+@pytest.fixture(scope="module")
+def teacher(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moved") / "teacher"
+    moved(AutoModelForCausalLM.from_pretrained(base), 7, 0.03).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, folder / name)
+    return folder
+
+
+def trained(base: Path, teacher: Path, output: Path, *more: str) -> list[dict[str, float]]:
+    """The log of a run on greedy text by the student, which changes much in each step."""
+    rows = [{"prompt": text, "completion": " and they were happy."} for text in TEXTS[:4]]
+    data = write_rows(output.parent / "rows.jsonl", rows)
+    flags = "--recipe ungated --sequence_source student --sampling_temperature 0 --max_completion_length 24 --max_steps 4"
+    flags += " --learning_rate 0.003 --per_device_train_batch_size 4 --num_train_epochs 4"
+    torch.manual_seed(0)  # an adapter starts as this process's generator stands
+    assert run_cli([*common_flags(base, teacher, data, output), *flags.split(), *more]) == 0
+    return log_of(output)
+
+
+def require_same_training(base: Path, teacher: Path, url: str, place: Path, *more: str) -> None:
+    here = trained(base, teacher, place / "here", *more)
+    there = trained(base, teacher, place / "there", *more, "--student_server_urls", url, "--student_server_model", "student")
+    names = ("loss", "grad_norm", "completions/mean_length", "on_policy/fraction", "on_policy/staleness")
+    assert len(there) == len(here) == 4
+    for a, b in zip(there, here, strict=True):
+        assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=1e-4)
+
+
+def test_training_on_a_servers_text_is_training_on_this_processs(url: str, base: Path, teacher: Path, tmp_path: Path) -> None:
+    lora = "--use_peft true --lora_r 8 --lora_dropout 0 --lora_target_modules q_proj v_proj up_proj".split()
+    require_same_training(base, teacher, url, tmp_path, *lora)
+
+
+def test_so_it_is_with_whole_models(url: str, base: Path, teacher: Path, tmp_path: Path) -> None:
+    require_same_training(base, teacher, url, tmp_path)
 
 
 def test_after_a_synchronisation_greedy_text_is_the_whole_students(writer: ServerWriter, base: Path, tmp_path: Path) -> None:

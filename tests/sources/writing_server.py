@@ -54,8 +54,8 @@ class WritingServer:
             def log_message(self, *_: object) -> None: ...
 
             def do_GET(self) -> None:
-                cards = [{"id": name, "max_model_len": server.longest} for name in (server.model, *server.adapters)]
-                self.answer(200, {"data": cards})
+                cards = [{"id": name, "max_model_len": None, "parent": server.model} for name in server.adapters]
+                self.answer(200, {"data": [{"id": server.model, "max_model_len": server.longest, "parent": None}, *cards]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))

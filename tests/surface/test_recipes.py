@@ -42,6 +42,45 @@ def test_a_recipe_among_the_flags_beats_the_file_in_what_it_names(tmp_path: Path
     assert objective_of(tmp_path, "paper-v2-top-k", file=file).divergence.beta == 0.2
 
 
+FILE = """sequence_source: paired
+on_policy_fraction: 0.3
+on_policy_fraction_end: 0.6
+student_text_divergence: skewed_reverse_kl
+student_text_divergence_options: {alpha: 0.2}
+max_completion_length: 17
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [
+        ("gkd", ("student", 0.5, None, None, 17)),
+        ("skd", ("interleaved", 1.0, None, None, 17)),
+        ("sft", ("dataset", 1.0, None, None, 17)),
+        ("seqkd", ("dataset", 1.0, None, None, 17)),
+        ("distillm-2", ("paired", 1.0, None, "skewed_reverse_kl", 17)),
+        ("kd", ("paired", 0.3, 0.6, "skewed_reverse_kl", 17)),  # names no source, and goes with any
+    ],
+)
+def test_a_recipe_among_the_flags_that_names_a_source_replaces_the_files(tmp_path: Path, recipe: str, wanted: tuple) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(FILE)
+    for given in ((recipe, []), (None, ["--recipe", recipe])):
+        found = load_settings(
+            config, given[0], ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", *given[1]]
+        ).training
+        whose = (found.sequence_source, found.on_policy_fraction, found.on_policy_fraction_end, found.student_text_divergence)
+        assert (*whose, found.max_completion_length) == wanted
+
+
+def test_whoever_names_a_source_speaks_of_its_share_and_divergence_anew(tmp_path: Path) -> None:
+    flags = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    found = load_settings(None, "distillm-2", [*flags, "--sequence_source", "dataset"]).training
+    assert found.student_text_divergence is None and not found.writes
+    assert load_settings(None, "gkd", [*flags, "--on_policy_fraction", "0.2"]).training.sequence_source == "student"
+    assert load_settings(None, "distillm-2+skd", flags).training.student_text_divergence is None
+
+
 def test_cross_entropy_everywhere_needs_no_teacher(tmp_path: Path) -> None:
     assert not objective_of(tmp_path, "seqkd").needs_teacher and objective_of(tmp_path, "seqkd+speckd").needs_teacher
 

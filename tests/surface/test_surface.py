@@ -47,7 +47,8 @@ def test_names_are_frozen() -> None:
         "sequence_source on_policy_fraction on_policy_fraction_end adaptive_on_policy replay_capacity interleaved_top_k "
         "interleaved_block teacher_mix sampling_temperature "
         "sampling_top_k sampling_top_p max_completion_length student_text_divergence student_text_divergence_options "
-        "student_text_rejected collapse_threshold collapse_patience log_completions".split()
+        "student_text_rejected collapse_threshold collapse_patience log_completions "
+        "student_server_urls student_server_model student_server_max_staleness student_server_concurrency".split()
     )
     assert {f.name for f in dataclasses.fields(RunArguments)} == set(
         "dataset_name dataset_config dataset_train_split dataset_test_split dataset_prompt_column dataset_completion_column "

@@ -178,6 +178,5 @@ def _with_models(attempts: Attempts, seen: _Seen, given: before.Data, trainer: S
             yield from attempts.of(About.DISK, room.disk(settings, room.saved_bytes(trainer), len(given[0])))
         yield from attempts.of(About.DISK, room.room_for_cache(trainer, settings))
     finally:
-        if trainer.source is not None:
-            trainer.source.close()
+        trainer.close()
         leave_together(trainer)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from speckd.errors import CapabilityError, ConfigError, VocabularyError
 from speckd.randomness import philox
@@ -21,6 +22,7 @@ from speckd.teachers.exchange import MESSAGE_BYTES, Connections, Timeouts, parse
 PATH = "/v1/completions"
 _STREAM = 7  # of the seeds, apart from other draws
 _BYTES_PER_TOKEN = 64
+_NEVER = -100.0  # the least that a server adds to a logit
 
 
 class ServerWriter:
@@ -29,7 +31,9 @@ class ServerWriter:
         urls: the servers' addresses; they must hold the same weights.
         stops: token ids that end a completion, beside those of the served model's own configuration.
         vocabulary: ids from there on are not to be written.
-        model: the served model's name; None for the only one.
+        model: the served model's name; None for the only one that is no adapter.
+        suppressed: [n] int64, other ids that are not to be written, such as tokens that the teacher lacks; some at most, for
+            every request holds them.
         timeouts, load: how long to wait, and how many requests at a time to one server.
     """
 
@@ -42,10 +46,12 @@ class ServerWriter:
         model: str | None = None,
         timeouts: Timeouts | None = None,
         load: Load | None = None,
+        suppressed: Tensor | None = None,
     ) -> None:
         self.servers = Servers(urls, timeouts, load)
         self.model = model
         self._stops, self._vocabulary = stops, vocabulary
+        self._suppressed = frozenset(() if suppressed is None else suppressed.tolist())
 
     def probe(self, longest: int) -> None:
         """Waits until the servers are up; finds the model's name. `longest`: tokens of prompt and completion together.
@@ -76,8 +82,9 @@ class ServerWriter:
         self.servers.close()
 
     def _chosen(self, url: str, offered: list[ServedModel]) -> ServedModel:
-        if self.model is None and len(offered) == 1:
-            return offered[0]
+        whole = [model for model in offered if not model.adapted]  # adapters may be left from a run that was killed
+        if self.model is None and len(whole) == 1:
+            return whole[0]
         found = next((model for model in offered if model.name == self.model), None)
         if found is None:
             names = ", ".join(model.name for model in offered) or "no model"
@@ -88,6 +95,8 @@ class ServerWriter:
     def _ask(self, model: str, prompt: Prompt, sampling: Sampling, draws: Draws) -> Ask[Completion]:
         ids = prompt.token_ids.tolist()
         body = _body(model, ids, sampling, seed_of(prompt, draws), sorted(self._stops))
+        if self._suppressed:
+            body["logit_bias"] = {str(token): _NEVER for token in sorted(self._suppressed)}
         most = MESSAGE_BYTES + _BYTES_PER_TOKEN * (len(ids) + sampling.max_completion_length)
 
         async def ask(connections: Connections, request_id: str) -> Completion:
@@ -107,10 +116,11 @@ class ServerWriter:
         ids, reason = field(choice, "token_ids", list), field(choice, "finish_reason", str)
         if not all(isinstance(i, int) and i >= 0 for i in ids) or len(ids) > limit:
             raise BadAnswer(f"it has {len(ids)} tokens of at most {limit}, or some that are none")
-        foreign = next((i for i in ids if i >= self._vocabulary), None)
+        foreign = next((i for i in ids if i >= self._vocabulary or i in self._suppressed), None)
         if foreign is not None:
+            shared = self._vocabulary - len(self._suppressed)
             raise VocabularyError(
-                f"a server wrote token {foreign}, outside of the shared vocabulary of {self._vocabulary}",
+                f"a server wrote token {foreign}, outside of the shared vocabulary of {shared}",
                 "Serve a model with the student's tokens",
             )
         if reason not in ("stop", "length") or (reason == "length" and len(ids) < limit) or (reason == "stop" and not ids):

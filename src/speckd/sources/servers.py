@@ -79,14 +79,18 @@ class Servers:
         """
         return self._wait_for(self._shared([_Job(ask) for ask in asks]))
 
-    def each(self, ask: Ask[_T]) -> list[_T]:
-        """Does one job on every server, one after the other, waiting for those that are not up yet.
+    def each(self, ask: Ask[_T], patience_s: float | None = None) -> list[_T]:
+        """Does one job on every server, one after the other, waiting for those that are not up yet; with `patience_s` no longer
+        than that for all together, else up to `Timeouts.ready_s` for each.
 
         Raises:
             TeacherLostError: one is not to be had.
             ConfigError: one refuses.
         """
-        return self._wait_for(self._on_each(ask))
+        try:
+            return self._wait_for(self._on_each(ask), patience_s)
+        except TimeoutError:
+            raise TeacherLostError(f"the servers have not answered for {patience_s:g} s", "See their own logs") from None
 
     def close(self) -> None:
         """Ends connections and thread."""
@@ -102,14 +106,14 @@ class Servers:
 
     # The thread
 
-    def _wait_for(self, work: "Coroutine[Any, Any, _T]") -> _T:
+    def _wait_for(self, work: "Coroutine[Any, Any, _T]", longest_s: float | None = None) -> _T:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="speckd-writers", daemon=True)
             self._thread.start()
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result()
+            return future.result(longest_s)
         finally:
             future.cancel()  # where the wait was interrupted
 
@@ -215,7 +219,7 @@ class Servers:
         if all(server.down_since is not None and now - server.down_since > patience for server in self.all):
             causes = "; ".join(f"{server.url}: {server.cause}" for server in self.all)
             raise TeacherLostError(
-                f"no server that writes has answered for {patience:g} s ({causes})", "Start one, then start again: it goes on"
+                f"no server that writes has answered for {patience:g} s ({causes})", "Start one, then start again"
             )
 
     def _request_id(self) -> str:

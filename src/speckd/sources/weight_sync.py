@@ -15,6 +15,7 @@ import logging
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from speckd.errors import CapabilityError, ConfigError
+from speckd.errors import CapabilityError, ConfigError, SpeckdError
 from speckd.sources.server_writer import ServerWriter
 from speckd.teachers.conversation import offered_models
 from speckd.teachers.dialect import Wanted
@@ -31,6 +32,7 @@ from speckd.teachers.vllm import VLLM
 
 logger = logging.getLogger(__name__)
 
+_LAST_WAIT_S = 5.0
 #: Writes the student as `save_pretrained` does, into a new folder.
 Save = Callable[[Path], None]
 
@@ -79,7 +81,7 @@ class WeightSync(Protocol):
         ...
 
     def sync(self, step: int) -> None:
-        """To be called after each optimizer step, before text is asked for.
+        """To be called before a step's text is asked for; `step`: optimizer steps that were made.
 
         Raises:
             SpeckdError: a server cannot take the weights.
@@ -92,13 +94,17 @@ class _Loading(Protocol):
 
     def load(self, writer: ServerWriter, folder: Path, step: int) -> None: ...
 
+    def unload(self, writer: ServerWriter, patience_s: float) -> None:
+        """At the end, takes out of the servers what is of no use to others."""
+        ...
+
 
 class BoundedSync:
     """
     Args:
         writer: probed; its model's name may change.
         save: writes the student.
-        folder: which the servers can read too; what is written there is removed again.
+        folder: which the servers can read too, and nobody else uses: it is removed at the end.
         loading: `Adapters` or `WholeModels`.
         canary: asked after each loading.
         max_staleness: optimizer steps that the servers' weights may be behind; 0: never.
@@ -140,6 +146,13 @@ class BoundedSync:
         was = "at the start" if behind is None else f"after {behind} steps"
         logger.info("The servers write with the student's weights of step %d (renewed %s).", step, was)
 
+    def close(self) -> None:
+        """Leaves nothing behind, as far as the servers can still be asked."""
+        with suppress(SpeckdError):
+            self._loading.unload(self._writer, _LAST_WAIT_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._step = self._written = None
+
 
 class Adapters:
     """For vLLM started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment.
@@ -151,7 +164,7 @@ class Adapters:
     def __init__(self, name: str = "speckd-student") -> None:
         self._name = f"{name}-{secrets.token_hex(4)}"
         self._numbers = itertools.count()
-        self._loaded: str | None = None
+        self._asked: set[str] = set()  # to be loaded, at any time
 
     def load(self, writer: ServerWriter, folder: Path, step: int) -> None:
         new = f"{self._name}-{next(self._numbers)}-step-{step}"
@@ -164,10 +177,24 @@ class Adapters:
                 if new not in await self._offered(connections, request_id):  # else an answer was lost, and nothing more
                     raise
 
+        self._asked.add(new)
         writer.servers.each(put)
-        old, writer.model, self._loaded = self._loaded, new, new
-        if old is not None:
-            writer.servers.each(lambda connections, request_id: self._remove(connections, request_id, old))
+        writer.model = new
+        self._remove_all(writer, self._asked - {new})
+
+    def unload(self, writer: ServerWriter, patience_s: float) -> None:
+        self._remove_all(writer, self._asked, patience_s)
+
+    def _remove_all(self, writer: ServerWriter, names: set[str], patience_s: float | None = None) -> None:
+        """What of them a server offers: a request that was given up may have been done after the removal."""
+
+        async def remove(connections: Connections, request_id: str) -> None:
+            for name in await self._offered(connections, request_id):
+                if name in names:
+                    await self._remove(connections, request_id, name)
+
+        if names:
+            writer.servers.each(remove, patience_s)
 
     async def _remove(self, connections: Connections, request_id: str, name: str) -> None:
         try:
@@ -193,3 +220,6 @@ class WholeModels:
             await connections.post("/resume", {}, request_id, MESSAGE_BYTES)
 
         writer.servers.each(renew)
+
+    def unload(self, writer: ServerWriter, patience_s: float) -> None:
+        """The servers keep the last weights: there are no others."""

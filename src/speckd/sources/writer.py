@@ -1,8 +1,9 @@
 """Who writes completions: the student, the teacher, both in turn, or a server. A writer knows no loss, gate or trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -58,6 +59,24 @@ class Completion:
     token_ids: Tensor
     finished: bool
     replaced: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WriterContext:
+    """What there is to write with in a run, once models and data are loaded.
+
+    `student`: the causal LM itself, whose weights move as it is trained; `tokenizer`: its own; `stop_ids`: a completion ends
+    with the first of these; `suppressed`: [n] int64, ids that are not to be written, such as tokens that the teacher lacks;
+    `positions`: how many the models that read the text have, None for any number; `autocast`: what the student's forward runs
+    in.
+    """
+
+    student: Any
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    suppressed: Tensor
+    positions: int | None = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Writer(Protocol):

@@ -298,7 +298,8 @@ def offered_models(reply: Any) -> list[ServedModel]:
     offered = []
     for card in spoken.field(reply, "data", list):
         longest = card.get("max_model_len") if isinstance(card, dict) else None
-        offered.append(ServedModel(spoken.field(card, "id", str), longest if isinstance(longest, int) else None))
+        name, adapted = spoken.field(card, "id", str), card.get("parent") is not None  # vLLM's cards; others have no such field
+        offered.append(ServedModel(name, longest if isinstance(longest, int) else None, adapted))
     return offered
 
 

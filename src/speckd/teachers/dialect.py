@@ -35,10 +35,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that a server offers. `longest`: tokens of prompt and continuation together, where it says so."""
+    """A model that a server offers. `longest`: tokens of prompt and continuation together, where it says so; `adapted`: it is
+    an adapter over another one."""
 
     name: str
     longest: int | None
+    adapted: bool = False
 
 
 @dataclass(frozen=True)
