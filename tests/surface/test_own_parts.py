@@ -15,7 +15,16 @@ from tests.trainer.conftest import World, world  # noqa: F401  (a fixture)
 PAGE = "docs/your-own-gate.md"
 
 
-@pytest.mark.parametrize(("part", "file"), [("gate", "my_gates.py"), ("divergence", "my_divergences.py")])
+SHOWN = {
+    "gate": "argmax q_t = argmax p_t, max p_t ≥ 0.3",
+    "divergence": "V_t · squared_hellinger",
+    "policy": "½(1 − a_t) · (−log q_t(y_t))",
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "file"), [("gate", "my_gates.py"), ("divergence", "my_divergences.py"), ("policy", "my_policies.py")]
+)
 def test_the_documented_example_trains(world: World, tmp_path: Path, monkeypatch, capsys, part: str, file: str) -> None:  # noqa: F811
     monkeypatch.chdir(tmp_path)
     Path(file).write_text(block(f"python: {part}", PAGE))
@@ -24,8 +33,7 @@ def test_the_documented_example_trains(world: World, tmp_path: Path, monkeypatch
     assert words[:2] == ["speckd", "train"]
     flags = [*words[2:], *common_flags(world.student, world.teacher, world.data, Path("out"))]
     assert run_cli([*flags, "--dry-run"]) == 0 and not Path("out").exists()
-    said = capsys.readouterr().out
-    assert ("argmax q_t = argmax p_t, max p_t ≥ 0.3" if part == "gate" else "V_t · squared_hellinger") in said
+    assert SHOWN[part] in capsys.readouterr().out
     assert run_cli(flags) == 0
     log = log_of(Path("out"))
     assert len(log) == 2 and all(0 <= entry["tar"] <= 1 and entry["grad_norm"] > 0 for entry in log)
