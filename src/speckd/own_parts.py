@@ -25,7 +25,7 @@ def build(key: str, name: str, options: Mapping[str, Any]) -> Any:
     """The part of that name, tried on an example.
 
     Args:
-        key: which part: gate, rejected or divergence.
+        key: the setting that names it, such as gate, rejected, divergence or student_text_divergence.
         name: file or module, a colon, and what stands in it.
         options: its arguments.
 
@@ -38,7 +38,7 @@ def build(key: str, name: str, options: Mapping[str, Any]) -> Any:
     if found is None:
         raise ConfigError(f"{key}: there is no '{attribute}' in {where}", f"Define it there, or write {key}: FILE.py:NAME")
     part = _made(key, name, found, options)
-    _TRIALS[key](name, part)
+    _TRIALS[key](key, name, part)
     return part
 
 
@@ -89,6 +89,8 @@ def _made(key: str, name: str, found: Any, options: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{key}: {name} cannot be made ({_said(error)})", f"Check {key}_options") from error
 
 
+_POLICY = "a policy for rejected tokens"
+
 # ---- trials --------------------------------------------------------------------------------------------------------------
 
 
@@ -104,30 +106,30 @@ def example_rows(count: int = 64, vocabulary: int = 32) -> Rows:
     return Rows(student, DenseSignal(teacher), teacher.argmax(-1), TokenKeys(number, number))
 
 
-def _try_gate(name: str, gate: Any) -> None:
+def _try_gate(key: str, name: str, gate: Any) -> None:
     rows = example_rows()
 
     def asked() -> Tensor:
         return gate.select(gate.score(rows), rows.keys) if isinstance(gate, BatchGate) else gate(rows)
 
-    found = _tried("gate", name, asked, len(rows.labels))
+    found = _tried(key, "a gate", name, asked, len(rows.labels))
     if not bool(((found >= 0) & (found <= 1)).all()):
         raise ConfigError(
-            f"gate: {name} accepts between {float(found.min()):.3g} and {float(found.max()):.3g}", "Return weights from 0 to 1"
+            f"{key}: {name} accepts between {float(found.min()):.3g} and {float(found.max()):.3g}", "Return weights from 0 to 1"
         )
 
 
-def _try_policy(name: str, policy: Any) -> None:
+def _try_policy(key: str, name: str, policy: Any) -> None:
     rows = example_rows()
     acceptance = torch.linspace(0, 1, len(rows.labels))
     for place in (0, 1):
-        _tried("rejected", name, lambda place=place: policy.weights(acceptance)[place], len(rows.labels))
+        _tried(key, _POLICY, name, lambda place=place: policy.weights(acceptance)[place], len(rows.labels))
     log_q, log_p = rows.student.log_probs, rows.teacher.log_prob(torch.arange(32).expand(64, 32))
     seen = FallbackRows(rows.student_label_log_prob, lambda: (log_q, log_p), 1.0)
-    _tried("rejected", name, lambda: policy.fallback(seen), len(rows.labels))
+    _tried(key, _POLICY, name, lambda: policy.fallback(seen), len(rows.labels))
 
 
-def _try_divergence(name: str, divergence: Any) -> None:
+def _try_divergence(key: str, name: str, divergence: Any) -> None:
     rows = example_rows()
     log_q, log_p = (torch.log_softmax(logits, -1) for logits in (rows.student_logits, -rows.student_logits))
 
@@ -137,15 +139,20 @@ def _try_divergence(name: str, divergence: Any) -> None:
             settled = divergence.settle(divergence.score(log_q, log_p, rows.labels))
         return settled(log_q.requires_grad_(), log_p)
 
-    _tried("divergence", name, asked, len(rows.labels))
+    _tried(key, "a divergence", name, asked, len(rows.labels))
 
 
-_TRIALS = {"gate": _try_gate, "rejected": _try_policy, "divergence": _try_divergence}
+_TRIALS = {
+    "gate": _try_gate,
+    "rejected": _try_policy,
+    "divergence": _try_divergence,
+    "student_text_rejected": _try_policy,
+    "student_text_divergence": _try_divergence,
+}
 
 
-def _tried(key: str, name: str, asked: Any, rows: int) -> Tensor:
+def _tried(key: str, what: str, name: str, asked: Any, rows: int) -> Tensor:
     """What it answers for so many rows; refused where that is not a number for each."""
-    what = {"gate": "a gate", "rejected": "a policy for rejected tokens", "divergence": "a divergence"}[key]
     fix = "docs/your-own-gate.md shows one that works"
     try:
         found = asked()
