@@ -59,6 +59,7 @@ from speckd.objective import Objective
 from speckd.on_policy import WRITTEN, StepClock, StudentText, longest_prompt
 from speckd.origins import loss_by_origin
 from speckd.reference_model import reference_source
+from speckd.round_trip import template_end
 from speckd.sources.completions import CollapseWatch
 from speckd.sources.interleaved import InterleavedWriter
 from speckd.sources.mixed import MixedWriter
@@ -171,6 +172,7 @@ class SpecKDTrainer(SFTTrainer):
         _require_reference(self.objective, reference_model)
         self._teacher_names = list(teacher_model) if isinstance(teacher_model, Mapping) else []
         _require_shares(args, self._teacher_names)
+        self._answer_ends: frozenset[int] = frozenset()  # by the chat template, where text is written
         self.dropped_rows: dict[str, DroppedRows] = {}
         self.longest_row: dict[str, int] = {}  # tokens
         self.warnings: list[str] = []  # what went wrong in training, for the card
@@ -349,7 +351,7 @@ class SpecKDTrainer(SFTTrainer):
     def _own_writer(self, positions: int | None) -> Writer:
         """The student in this process, its teacher beside it where both write."""
         student, args = self.student, self.args
-        stops = stop_ids(student, self.processing_class)
+        stops = sorted({*stop_ids(student, self.processing_class), *self._answer_ends})
         if args.sequence_source not in ("interleaved", "mixed"):
             unshared = self._training_vocabulary.outside(student.get_output_embeddings().weight.shape[0])
             return ModelWriter(student, stops, unshared, positions, self.accelerator.autocast)
@@ -365,7 +367,7 @@ class SpecKDTrainer(SFTTrainer):
 
     def _positions(self) -> int | None:
         """Of the model in this process that has the fewest."""
-        models = [self.student, self.teacher, *self.teachers.values()]
+        models = [self.student, self.teacher, *self.teachers.values(), None if self.reference is None else self.reference.model]
         configs = [model.config.get_text_config() for model in models if model is not None]
         found = [getattr(config, "max_position_embeddings", None) for config in configs]
         return min((number for number in found if number is not None), default=None)
@@ -452,6 +454,7 @@ class SpecKDTrainer(SFTTrainer):
         if isinstance(dataset, IterableDataset):
             raise DataError(f"the {dataset_name} data is a stream", "Load it without streaming: rows are counted and numbered")
         total, column = len(dataset), args.teacher_route_column
+        first = dataset[0] if total else {}
         if column is not None:
             dataset = number_teachers(dataset, column, self._teacher_names, f"the {dataset_name} data")
         try:
@@ -463,6 +466,8 @@ class SpecKDTrainer(SFTTrainer):
             raise DataError(
                 f"the {dataset_name} data cannot be prepared: {reason}", "Check the data and its chat template"
             ) from error
+        if dataset_name == "train" and args.writes:
+            self._answer_ends = template_end(processing_class, first)
         prepared, self.dropped_rows[dataset_name] = keep_supervised(prepared, total, dataset_name, args.max_length)
         self.longest_row[dataset_name] = longest_row(prepared, dataset_name, args.max_length)
         return spread_sample_ids(prepared, packing, args.max_length, args.packing_strategy)

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from speckd.cli import main
+from speckd.sources.model_writer import ModelWriter
 from speckd.tasks import build_tokenizer
 from speckd.trainer import SpecKDTrainer
 from tests.tiny import common_flags, log_of, run_cli, write_model, write_rows
@@ -281,3 +283,34 @@ def test_no_two_sequences_of_a_batch_are_taken_for_one(world: World, tmp_path: P
         assert min(lengths) > 1 and all(entry["tar"] >= 0.2 for entry in log)  # ⌈ρ·L⌉ of every sequence
     assert len(seen) == 6 and all(len(set(samples)) == len(samples) for samples in seen)
     assert {len(samples) for samples in seen} == {16 if mode == "paired" else 8}
+
+
+_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} <end> "
+    "{% endgeneration %}{% else %}{{ m['content'] }} <end> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.mark.parametrize("shape", ["prompt", "messages"])
+def test_text_ends_where_the_chat_template_ends_an_answer(tmp_path: Path, monkeypatch, shape: str) -> None:
+    """Base models know another end: their tokenizer's and configuration's is not what the template puts behind an answer."""
+    models = [write_model(tmp_path / "student", 1, width=256), write_model(tmp_path / "teacher", 2, width=256)]
+    for folder in models:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+        tokenizer.chat_template = _TEMPLATE
+        tokenizer.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    turns = [({"role": "user", "content": f"apple {i}"}, {"role": "assistant", "content": "ok"}) for i in range(8)]
+    whole = [
+        {"messages": [asked, said]} if shape == "messages" else {"prompt": [asked], "completion": [said]}
+        for asked, said in turns
+    ]
+    stops: set[tuple[int, ...]] = set()
+    known = ModelWriter.write
+    monkeypatch.setattr(ModelWriter, "write", lambda self, *given: stops.add(self.stop_ids) or known(self, *given))
+    data = write_rows(tmp_path / "chat.jsonl", whole)
+    more = ["--max_steps", "1", *(["--assistant_only_loss", "true"] if shape == "messages" else [])]
+    assert run_cli([*common_flags(*models, data, tmp_path / "out"), *BASE, *more]) == 0
+    assert stops == {(tokenizer.eos_token_id, end)}
