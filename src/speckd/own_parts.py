@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from speckd.errors import ConfigError, SpeckdError
 from speckd.policies import FallbackRows
-from speckd.types import BatchDivergence, BatchGate, DenseSignal, Rows, TokenKeys
+from speckd.types import BatchDivergence, BatchGate, DenseSignal, Rows, TokenKeys, at_labels, needs_reference
 
 
 def build(key: str, name: str, options: Mapping[str, Any]) -> Any:
@@ -95,7 +96,7 @@ _POLICY = "a policy for rejected tokens"
 
 
 def example_rows(count: int = 64, vocabulary: int = 32) -> Rows:
-    """Rows on which student and teacher agree in part, always the same."""
+    """Rows of sequences of 8 on which student, teacher and reference agree in part, always the same."""
 
     def waves(a: float, b: float) -> Tensor:
         place = torch.arange(count * vocabulary, dtype=torch.float64).reshape(count, vocabulary)
@@ -103,11 +104,18 @@ def example_rows(count: int = 64, vocabulary: int = 32) -> Rows:
 
     teacher, number = waves(0.37, 1.1), torch.arange(count)
     student = 0.6 * teacher + waves(0.53, 2.3)
-    return Rows(student, DenseSignal(teacher), teacher.argmax(-1), TokenKeys(number, number))
+    reference = DenseSignal(0.8 * teacher + waves(0.71, 0.6))
+    return Rows(student, DenseSignal(teacher), teacher.argmax(-1), TokenKeys(number // 8, number), reference)
+
+
+def example_for(gate: Any) -> Rows:
+    """As in training: with a reference only for a gate that needs one."""
+    rows = example_rows()
+    return rows if needs_reference(gate) else replace(rows, reference=None)
 
 
 def _try_gate(key: str, name: str, gate: Any) -> None:
-    rows = example_rows()
+    rows = example_for(gate)
 
     def asked() -> Tensor:
         return gate.select(gate.score(rows), rows.keys) if isinstance(gate, BatchGate) else gate(rows)
@@ -137,7 +145,7 @@ def _try_divergence(key: str, name: str, divergence: Any) -> None:
         settled = divergence
         if isinstance(divergence, BatchDivergence):
             settled = divergence.settle(divergence.score(log_q, log_p, rows.labels))
-        return settled(log_q.requires_grad_(), log_p)
+        return at_labels(settled, rows.labels)(log_q.requires_grad_(), log_p)
 
     _tried(key, "a divergence", name, asked, len(rows.labels))
 

@@ -330,6 +330,8 @@ class SpecKDTrainer(SFTTrainer):
     def _writing(self, writer: Writer | None) -> StudentText:
         """What replaces completions of the data by written ones."""
         args, prompt = self.args, longest_prompt(self.train_dataset, "train")
+        if args.adaptive_on_policy and isinstance(self.eval_dataset, dict):
+            raise ConfigError("adaptive_on_policy follows one held-out loss, and there are several", "Give one eval_dataset")
         positions = self._positions()
         if positions is not None and prompt >= positions:
             raise ConfigError(f"a prompt has {prompt} tokens, and the models {positions} positions", "Lower max_length")
