@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from speckd.arguments import SpecKDConfig
 from speckd.cli import main
+from speckd.errors import ConfigError
 from speckd.sources.model_writer import ModelWriter
 from speckd.tasks import build_tokenizer
 from speckd.trainer import SpecKDTrainer
-from tests.tiny import common_flags, log_of, run_cli, write_model, write_rows
+from tests.tiny import common_flags, log_of, run_cli, task_rows, write_model, write_rows
 from tests.trainer.conftest import World
 from tests.trainer.served_model import served
 
@@ -314,3 +317,22 @@ def test_text_ends_where_the_chat_template_ends_an_answer(tmp_path: Path, monkey
     more = ["--max_steps", "1", *(["--assistant_only_loss", "true"] if shape == "messages" else [])]
     assert run_cli([*common_flags(*models, data, tmp_path / "out"), *BASE, *more]) == 0
     assert stops == {(tokenizer.eos_token_id, end)}
+
+
+def test_what_is_written_stays_within_the_references_positions_and_one_loss_moves_the_share(
+    world: World, tmp_path: Path
+) -> None:
+    config = {"vocab_size": len(build_tokenizer()), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    reference = LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=1, max_position_embeddings=60))
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (world.student, world.teacher)]
+    data = Dataset.from_list(task_rows(4))
+
+    def trainer(**more) -> SpecKDTrainer:
+        how = {"gate": "excess_label_loss", "rejected": "mask", "sequence_source": "student", "use_cpu": True, **more}
+        args = SpecKDConfig(output_dir=str(tmp_path), max_completion_length=64, **how)
+        more = {"processing_class": build_tokenizer(), "teacher_processing_class": build_tokenizer()}
+        return SpecKDTrainer(*models, args, data, {"a": data, "b": data}, reference_model=reference, **more)
+
+    assert trainer().longest_row["written"] == 60
+    with pytest.raises(ConfigError, match="follows one held-out loss"):
+        trainer(adaptive_on_policy=True, eval_strategy="epoch")
