@@ -204,10 +204,16 @@ REFUSED = {
     "nothing written": ("--sequence_source dataset --student_text_divergence reverse_kl", "the student writes nothing"),
     "its own label": ("--divergence label_nll --gate top_k --rejected mask", "label_nll: on text that the student writes"),
     "policy gradient on data": ("--divergence sequence_reverse_kl", "the data's text was not drawn from the student"),
-    "policy gradient of old text": ("--recipe minillm --sequence_source replay", "must be drawn anew from the student"),
-    "policy gradient of cut draws": ("--recipe minillm --sampling_top_p 0.9", "sampling_top_p: 1"),
+    "policy gradient of old text": (
+        "--student_text_divergence sequence_reverse_kl --sequence_source replay",
+        "must be drawn anew from the student",
+    ),
+    "policy gradient of cut draws": ("--student_text_divergence sequence_reverse_kl --sampling_top_p 0.9", "sampling_top_p: 1"),
     "teacher_mix": ("--recipe minillm --teacher_mix 1.5", "teacher_mix is 1.5"),
-    "two mixes": ('--recipe minillm --student_text_divergence_options {"teacher_mix":0.1}', "Set teacher_mix"),
+    "two mixes": (
+        '--student_text_divergence sequence_reverse_kl --student_text_divergence_options {"teacher_mix":0.1}',
+        "Set teacher_mix",
+    ),
 }
 
 
