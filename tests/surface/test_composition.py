@@ -87,7 +87,7 @@ def test_no_line_shows_where_something_lies_in_memory(tmp_path: Path) -> None:
     own.write_text(OWN)
     flags = ["--output_dir", "out", "--use_cpu", "true", "--gate", f"{own}:Plain", "--divergence", "token_temperature"]
     line = describe_method(load_settings(None, None, flags))
-    assert "gate Plain → rejected tokens Label() → TokenTemperature(" in line and "divergence=forward_kl" in line
+    assert "gate Plain → rejected tokens Label() → TokenTemperature(" in line and "divergence=ForwardKL()" in line
     assert " at 0x" not in line
 
 
