@@ -1,6 +1,7 @@
 """What is looked for before anything heavy is loaded: folders, models, tokenizers, shapes, what a resumed run may change."""
 
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from speckd import fingerprints, own_parts
 from speckd.arguments import SpecKDConfig
 from speckd.collation import number_teachers
 from speckd.compatibility import require_same_tokens
-from speckd.config import nearest
+from speckd.config import mapping, nearest
 from speckd.errors import ConfigError, DataError
 from speckd.gates import Inverted, LabelInTopK, MatchedRandom, TopK, TwoSided
 from speckd.settings import Settings
@@ -29,8 +31,13 @@ _REPORTERS = {"wandb", "trackio", "tensorboard", "mlflow", "comet_ml", "clearml"
 #: In a run's folder: what its servers said of a fixed sequence.
 CANARY = "teacher_canary.json"
 
+#: In a run's folder: digests of the files that hold the user's own parts.
+OWN_FILES = "own_parts.json"
+#: Settings that may name such a part.
+_OWN_PARTS = ("gate", "rejected", "divergence", "sequence_source", "student_text_divergence", "student_text_rejected")
+
 #: What a run leaves that failed before its first checkpoint: nothing to keep, so its folder may be used again.
-_LEFT_BY_A_FAILED_RUN = {"config.yaml", "training_log.jsonl", "runs", CANARY, WEIGHTS}
+_LEFT_BY_A_FAILED_RUN = {"config.yaml", "training_log.jsonl", "runs", CANARY, WEIGHTS, OWN_FILES}
 
 #: Settings that may differ when a run is resumed: they change what is said and kept, not what is learnt.
 _FREE_ON_RESUME = {
@@ -104,6 +111,26 @@ def _refuse_overwriting_inputs(settings: Settings, output: Path) -> None:
     for what, name in used.items():
         if name is not None and os.path.exists(name) and Path(name).resolve().is_relative_to(output.resolve()):
             raise ConfigError(f"output_dir: {output} holds {what}, which would be overwritten", "Choose another folder")
+
+
+def asked_teacher(settings: Settings, held_out: Dataset | None) -> str | None:
+    """The teacher that this process loads, if anything asks it: the loss, or the measures on held-out rows."""
+    asked = held_out is not None or settings.training.objective().needs_teacher
+    return settings.teacher_model if asked else None
+
+
+def own_files(settings: Settings) -> dict[str, str]:
+    """Digests of the files that hold the user's own parts, by the settings' words for these."""
+    training = settings.training
+    names = {key: getattr(training, key) for key in _OWN_PARTS}
+    for key, inner in (("gate_options", "gate"), ("divergence_options", "divergence")):
+        names[key] = mapping(key, getattr(training, key)).get(inner)
+    found = {}
+    for key, name in names.items():
+        path = own_parts.file_of(key, name) if isinstance(name, str) and ":" in name else None
+        if path is not None:
+            found[f"{key}: {name}"] = fingerprints.of_bytes([path.read_bytes()])
+    return found
 
 
 def several_teachers(settings: Settings) -> dict[str, str]:
@@ -340,7 +367,20 @@ def checkpoint_to_resume(settings: Settings, output: Path) -> str | None:
             raise ConfigError(
                 f"resume: {key} was {was!r} and is {now!r} now", "Undo the change, or --allow_changed_config true"
             )
+    if not settings.run.allow_changed_config:
+        _require_same_files(settings, output / OWN_FILES)
     return found
+
+
+def _require_same_files(settings: Settings, kept: Path) -> None:
+    """Refuses parts of the user's own that were written otherwise when the run began; an older run did not keep that."""
+    before = json.loads(kept.read_text()) if kept.is_file() else {}
+    for name, digest in own_files(settings).items():
+        if before.get(name, digest) != digest:
+            raise ConfigError(
+                f"resume: {name}: what the file says has changed since the run began",
+                "Undo the change, or --allow_changed_config true",
+            )
 
 
 def _same(was: Any, now: Any) -> bool:

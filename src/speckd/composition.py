@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from speckd.arguments import SpecKDConfig
 from speckd.config import MethodConfig
 from speckd.moving import Clock, MovingObjective
 from speckd.objective import Objective
-from speckd.policies import HasFallback
+from speckd.policies import HasFallback, RejectedPolicy
 from speckd.settings import Settings
-from speckd.types import notation_of
+from speckd.types import notation_of, shown
 
 #: What N is, by the normaliser's name.
 _NORMALIZERS = {
@@ -66,7 +68,7 @@ def formulas(objective: Objective) -> Iterator[str]:
         yield from wheres
         return
     gate, divergence = (_parted(notation_of(part)) for part in (objective.gate, objective.divergence))
-    fallback = objective.rejected.fallback_notation if isinstance(objective.rejected, HasFallback) else ""
+    fallback = _fallback(objective.rejected)
     temperature = objective.divergence_temperature
     distance = _factor(divergence[0])
     if temperature != 1:
@@ -79,12 +81,20 @@ def formulas(objective: Objective) -> Iterator[str]:
         inner = f"[{inner}]"
     yield f"L = 1/N Σ_t {inner}"
     weight = notation_of(objective.rejected)
-    if fallback:  # where a_t stands, too
+    if fallback or "a_t" not in weight:  # where a_t stands, too, or nowhere
         yield f"V_t = {weight}"
         yield f"a_t = {gate[0]}"
     else:
         yield f"V_t = {weight.replace('a_t', gate[0] if weight == 'a_t' else _factor(gate[0]))}"
     yield from (*gate[1:], *divergence[1:], *wheres)
+
+
+def _fallback(policy: RejectedPolicy) -> str:
+    """What is added to the divergence; of a policy that has a fallback and states no formula, its name."""
+    if isinstance(policy, HasFallback):
+        return policy.fallback_notation
+    weighed = policy.weights(torch.linspace(0, 1, 11))[1]
+    return f"fallback of {shown(policy)}" if bool(weighed.any()) else ""
 
 
 def moves(moving: MovingObjective) -> Iterator[str]:

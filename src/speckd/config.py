@@ -149,7 +149,10 @@ def build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_
     if ":" in str(name):
         return own_parts.build(key, name, mapping(options_key, options))
     if name not in known:
-        raise ConfigError(f"{key}: '{name}' is not a {key}", nearest(str(name), list(known)))
+        # What looks like a file or a module is meant as a part of the user's own.
+        own = "." in str(name) or "/" in str(name)
+        fix = f"For one of your own, write {key}: FILE.py:NAME or MODULE:NAME" if own else nearest(str(name), list(known))
+        raise ConfigError(f"{key}: '{name}' is not a {key}", fix)
     build, given = known[name], mapping(options_key, options)
     valid = {f.name: f.type for f in fields(build)} if is_dataclass(build) else {}
     require_options(options_key, name, valid, given)

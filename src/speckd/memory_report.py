@@ -13,7 +13,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from speckd.arguments import SpecKDConfig
-from speckd.checks import reason_of, several_teachers
+from speckd.checks import asked_teacher, reason_of, several_teachers
 from speckd.data import longest_row_of
 from speckd.dry_run import BatchShape, ModelShape, RunShape, step_facts
 from speckd.errors import ConfigError
@@ -151,7 +151,7 @@ def _run_shape(
     student = _model_shape(str(settings.model.model_name_or_path), student_options(settings))
     if student_options(settings).get("device_map") is not None:
         raise _NotForeseen("the student has a device_map")
-    names = [name for name in (settings.teacher_model, *several_teachers(settings).values()) if name is not None]
+    names = [name for name in (asked_teacher(settings, data[1]), *several_teachers(settings).values()) if name is not None]
     teachers = [_model_shape(name, teacher_options(training, student.options["dtype"])) for name in names]
     distils = training.objective().needs_teacher
     rows_of_heads = [_vocabulary(shape) for shape in (student, *teachers)]

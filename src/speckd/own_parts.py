@@ -38,6 +38,16 @@ def build(key: str, name: str, options: Mapping[str, Any]) -> Any:
     return part
 
 
+def file_of(key: str, name: str) -> Path | None:
+    """Where the part of that name is written down; None of what is no file, such as a module in C.
+
+    Raises:
+        ConfigError: no such file or module.
+    """
+    written = getattr(_module(key, name, name.rpartition(":")[0]), "__file__", None)
+    return None if written is None else Path(written)
+
+
 def named(key: str, name: str) -> Any:
     """What stands in a file or module under that name.
 
@@ -87,10 +97,13 @@ def _made(key: str, name: str, found: Any, options: Mapping[str, Any]) -> Any:
         if options:
             raise ConfigError(f"{key}_options: {name} is no class and takes no options", "Remove them, or make it a dataclass")
         return found
+    signature = inspect.signature(found)
     try:
-        inspect.signature(found).bind(**options)
+        signature.bind(**options)
     except TypeError as error:
-        raise ConfigError(f"{key}_options: {name} does not take these: {error}", "Its options are its fields") from None
+        valid = ", ".join(sorted(signature.parameters))
+        fix = f"Valid: {valid}" if valid else f"Remove them: {name} has no options"
+        raise ConfigError(f"{key}_options: {name} does not take these: {error}", fix) from None
     try:
         return found(**options)
     except SpeckdError:

@@ -1,4 +1,4 @@
-"""A writer of the user's own: `sequence_source: my_writer.py:MyWriter`, tried on a prompt, and looked at whenever it writes."""
+"""A writer of the user's own, looked at whenever it writes; `sequence_source: my_writer.py:MyWriter` is tried on a prompt."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def own_writer(name: str, context: WriterContext, prompt: Prompt, sampling: Samp
     """
     made = require_writer_class(name)
     try:
-        writer = CheckedWriter(name, made(context), context)
+        writer = CheckedWriter(f"{_KEY}: {name}", made(context), context)
     except SpeckdError:
         raise
     except Exception as error:  # whatever the user's own code raises
@@ -50,7 +50,7 @@ def own_writer(name: str, context: WriterContext, prompt: Prompt, sampling: Samp
 
 
 class CheckedWriter:
-    """Looks at each completion before it is trained on."""
+    """Looks at each completion before it is trained on. `name`: the writer's, for messages, and where it comes from."""
 
     def __init__(self, name: str, writer: Writer, context: WriterContext) -> None:
         self._name, self._writer, self._context = name, writer, context
@@ -65,13 +65,11 @@ class CheckedWriter:
         found = self._writer.write(prompts, sampling, draws)
         if not isinstance(found, list) or len(found) != len(prompts):
             given = f"{len(found)} completions" if isinstance(found, list) else type(found).__name__
-            raise ConfigError(
-                f"{_KEY}: {self._name} gives {given} for {len(prompts)} prompts", f"Return a list of them: {_FIX}"
-            )
+            raise ConfigError(f"{self._name} gives {given} for {len(prompts)} prompts", f"Return a list of them: {_FIX}")
         for prompt, completion in zip(prompts, found, strict=True):
             wrong = self._wrong(prompt, completion, sampling)
             if wrong is not None:
-                raise ConfigError(f"{_KEY}: {self._name}: {wrong}", _FIX)
+                raise ConfigError(f"{self._name}: {wrong}", _FIX)
         return found
 
     def _wrong(self, prompt: Prompt, completion: Any, sampling: Sampling) -> str | None:

@@ -23,6 +23,7 @@ OF_PART: Mapping[str, tuple[str, ...]] = {
         "adaptive_on_policy",
         "replay_capacity",
         "interleaved_top_k",
+        "interleaved_block",
         "teacher_mix",
         "student_text_divergence",
         "student_text_divergence_options",

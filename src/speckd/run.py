@@ -18,12 +18,15 @@ from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config
 
 from speckd.checks import (
+    OWN_FILES,
+    asked_teacher,
     check_models_exist,
     check_shapes,
     checkpoint_to_resume,
     load_tokenizers,
     loaded,
     output_folder,
+    own_files,
     reason_of,
     several_teachers,
 )
@@ -38,6 +41,7 @@ from speckd.teachers.sharding import size as parameter_size
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log
 from speckd.trl_internals import finish_from_checkpoint, save_checkpoint
+from speckd.types import shown
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
                 _forget_earlier_run(output)
             if config is None or config.resolve() != (output / "config.yaml").resolve():
                 (output / "config.yaml").write_text(yaml.safe_dump(settings.given, sort_keys=True, allow_unicode=True))
+            _remember_files(settings, output)
             remember_servers(trainer, output)
         _trained(settings, trainer, output, checkpoint)
     return output
@@ -154,7 +159,9 @@ def new_trainer(
     adapter: Any,
 ) -> SpecKDTrainer:
     """Loads both models and prepares the data; refused, it leaves no folder behind."""
-    student_name, teacher_name = settings.model.model_name_or_path, settings.teacher_model
+    student_name, teacher_name = settings.model.model_name_or_path, asked_teacher(settings, held_out)
+    if teacher_name != settings.teacher_model:
+        logger.info("Teacher: not loaded, for the loss asks for none and nothing is held out to measure it on.")
     student = loaded("model_name_or_path", str(student_name), lambda: _student(settings))
     teacher: Any = None
     if settings.training.teachers is not None:
@@ -217,9 +224,24 @@ def _nothing_left_behind(output: Path) -> Iterator[None]:
         raise
 
 
+def _remember_files(settings: Settings, output: Path) -> None:
+    """What the user's own parts say as the run begins, or goes on with them changed knowingly."""
+    files = own_files(settings)
+    if files:
+        (output / OWN_FILES).write_text(json.dumps(files, indent=2) + "\n")
+
+
 def _forget_earlier_run(output: Path) -> None:
     """What a run that starts anew in an old folder must not leave there: a resume would go on from it, a load pick it up."""
-    for pattern in ("training_log.jsonl", "results.json", "README.md", "adapter_*", "model*.safetensors*", "pytorch_model*"):
+    for pattern in (
+        "training_log.jsonl",
+        OWN_FILES,
+        "results.json",
+        "README.md",
+        "adapter_*",
+        "model*.safetensors*",
+        "pytorch_model*",
+    ):
         for path in output.glob(pattern):
             path.unlink()
     for path in output.glob("checkpoint-*"):
@@ -235,22 +257,17 @@ def describe_method(settings: Settings) -> str:
     objective = settings.training.objective()
     if not objective.needs_teacher:
         return "SFT: cross-entropy on the data, no distillation"
-    gate, rejected, divergence = (_shown(piece) for piece in (objective.gate, objective.rejected, objective.divergence))
+    gate, rejected, divergence = (shown(piece) for piece in (objective.gate, objective.rejected, objective.divergence))
     moving = "".join(f"; {each.name} moves {each.mover.notation}" for each in settings.training.moving_objective().moved)
     mixed = f" + {objective.label_loss_weight:g} cross-entropy" if objective.label_loss_weight else ""
     hot = f" at T = {objective.divergence_temperature:g}" if objective.divergence_temperature != 1 else ""
     text = f"; {settings.training.described_source}" if settings.training.writes else ""
     own = settings.training.student_text_objective(objective) if settings.training.writes else objective
     if own.divergence != objective.divergence or own.rejected != objective.rejected:
-        text += f", there rejected tokens {_shown(own.rejected)} → {_shown(own.divergence)}"
+        text += f", there rejected tokens {shown(own.rejected)} → {shown(own.divergence)}"
     return (
         f"gate {gate} → rejected tokens {rejected} → {divergence}{hot}{mixed}, divided by {objective.normalizer}{moving}{text}"
     )
-
-
-def _shown(piece: Any) -> str:
-    """`TopK(verify_top_k=5)` as it is, a function by its name."""
-    return getattr(piece, "__name__", repr(piece))
 
 
 def all_settings(settings: Settings) -> dict[str, Any]:

@@ -15,6 +15,16 @@ from speckd.sources.writer import Sampling
 SOURCES = ("dataset", "student", "replay", "paired", "interleaved", "mixed")
 #: What servers can write, given the student's weights.
 BY_SERVERS = ("student", "replay", "paired")
+#: As one of the sources: a writer of the user's own.
+OWN_WRITER = "FILE.py:NAME"
+#: Settings with a default, and the sources that ask for them.
+OF_SOURCES = {
+    "on_policy_fraction": (*SOURCES[1:], OWN_WRITER),
+    "replay_capacity": ("replay",),
+    "interleaved_top_k": ("interleaved",),
+    "interleaved_block": ("interleaved",),
+    "teacher_mix": ("mixed",),
+}
 
 #: Who writes, where it is not the student alone.
 _WRITERS = {"interleaved": "text by student and teacher in turn", "mixed": "text drawn from student and teacher mixed"}
@@ -147,7 +157,8 @@ class SequenceConfig:
             raise ConfigError(
                 "rejected: label: on text that the student writes, the label is its own token, and to learn that one where it "
                 "was rejected leads away from the teacher",
-                "Set student_text_rejected: residual, down_weight or mask",
+                "Set student_text_rejected: residual, down_weight or mask, or name a recipe, such as ungated (where no method "
+                "is named, rejected: label comes from the default recipe, label-ratio)",
             )
         return found
 

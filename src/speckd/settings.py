@@ -17,6 +17,7 @@ from trl import ModelConfig, get_quantization_config
 from speckd.arguments import SpecKDConfig
 from speckd.errors import ConfigError
 from speckd.recipe_book import DEFAULT_RECIPE, recipe_settings, spoken_of
+from speckd.sequence_config import OF_SOURCES, OWN_WRITER
 
 #: Of a file, what a recipe among the flags replaces even where it does not speak of it.
 _CHOSEN_BY_RECIPES = spoken_of(("gate", "rejected", "label_loss_weight"))
@@ -117,8 +118,26 @@ def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> 
             )
     training, model, run = _typed(merged, origin)
     _require_ranges(training, model, run, origin)
+    given_by_user = frozenset(from_file) | frozenset(from_flags)
     _refuse_what_has_no_effect(training, model, merged)
-    return Settings(training, model, run, merged, chosen, frozenset(from_file) | frozenset(from_flags))
+    _refuse_unheard(training, given_by_user)
+    return Settings(training, model, run, merged, chosen, given_by_user)
+
+
+def _refuse_unheard(training: SpecKDConfig, given_by_user: frozenset[str]) -> None:
+    """What the user said of the method, and what nothing in this method asks for."""
+    for key in sorted(OF_SOURCES.keys() & given_by_user):
+        if training.sequence_source in OF_SOURCES[key] or (training.own_writer and OWN_WRITER in OF_SOURCES[key]):
+            continue
+        raise ConfigError(
+            f"{key} is set, but has no effect with sequence_source: {training.sequence_source}",
+            f"Set sequence_source: {' or '.join(OF_SOURCES[key])}, or remove {key}",
+        )
+    if "gate" in given_by_user and training.gate != "none" and not training.objective().needs_teacher:
+        raise ConfigError(
+            f"gate: {training.gate} has no effect: label_loss_weight: 1 (SFT) learns every label and asks no teacher",
+            "Remove it, or take seqkd+speckd, where the gate weighs the cross-entropy, or a label_loss_weight below 1",
+        )
 
 
 def _refuse_what_has_no_effect(training: SpecKDConfig, model: ModelConfig, merged: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ from speckd.moving import Clock, MovingObjective, Seen
 from speckd.objective import Objective
 from speckd.on_policy import WRITTEN, StepClock, StudentText, first_prompt, longest_prompt
 from speckd.origins import loss_by_origin
-from speckd.own_writer import own_writer
+from speckd.own_writer import CheckedWriter, own_writer
 from speckd.reference_model import reference_source
 from speckd.round_trip import template_end
 from speckd.sources.completions import CollapseWatch
@@ -170,6 +170,10 @@ class SpecKDTrainer(SFTTrainer):
             raise ConfigError("no teacher is given", "Set teacher_model_name_or_path, or label_loss_weight: 1 for SFT")
         if teacher_model is not None and teacher_source is not None:
             raise ConfigError("both teacher_model and teacher_source are given", "Pass one of them")
+        if writer is not None and not args.writes:
+            raise ConfigError(
+                "a writer is given, but with sequence_source: dataset nobody asks it", "Set sequence_source: student, or such"
+            )
         reference_model = reference_model or args.reference_model_name_or_path
         _require_reference(self.objective, reference_model)
         self._teacher_names = list(teacher_model) if isinstance(teacher_model, Mapping) else []
@@ -341,7 +345,7 @@ class SpecKDTrainer(SFTTrainer):
         longest = prompt + args.max_completion_length
         self.longest_row["written"] = longest if positions is None else min(longest, positions)
         self.add_callback(self._clock)
-        writer = writer or self._own_writer(prompt, positions)
+        writer = self._own_writer(prompt, positions) if writer is None else self._checked(writer, positions)
         self.served_student = writer if isinstance(writer, ServedStudent) else None
         return StudentText(
             writer,
@@ -356,15 +360,25 @@ class SpecKDTrainer(SFTTrainer):
             self.served_student,
         )
 
+    def _writer_context(self, positions: int | None) -> WriterContext:
+        student = self.student
+        stops = tuple(sorted({*stop_ids(student, self.processing_class), *self._answer_ends}))
+        unshared = self._training_vocabulary.outside(student.get_output_embeddings().weight.shape[0])
+        return WriterContext(student, self.processing_class, stops, unshared, positions, self.accelerator.autocast)
+
+    def _checked(self, writer: Writer, positions: int | None) -> Writer:
+        """One that was given; servers of the student's look at what they get themselves."""
+        if isinstance(writer, ServedStudent):
+            return writer
+        return CheckedWriter(f"writer: {type(writer).__name__}", writer, self._writer_context(positions))
+
     def _own_writer(self, prompt: int, positions: int | None) -> Writer:
         """As the settings say: the student here or on servers, its teacher beside it where both write, or the user's own.
 
         `prompt`: tokens of the longest.
         """
-        student, args = self.student, self.args
-        stops = sorted({*stop_ids(student, self.processing_class), *self._answer_ends})
-        unshared = self._training_vocabulary.outside(student.get_output_embeddings().weight.shape[0])
-        there = WriterContext(student, self.processing_class, tuple(stops), unshared, positions, self.accelerator.autocast)
+        student, args, there = self.student, self.args, self._writer_context(positions)
+        stops, unshared = there.stop_ids, there.suppressed
         if args.own_writer:
             return own_writer(args.sequence_source, there, first_prompt(self.train_dataset), args.sampling)
         if args.student_server_urls:

@@ -6,6 +6,7 @@
 Log-probabilities are natural logarithms, losses and entropies are in nats. `-inf` is a true zero probability.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -437,8 +438,18 @@ class HasNotation(Protocol):
 
 
 def notation_of(part: object) -> str:
-    """A part's own formula; a part of somebody else's that states none, by its name or as it shows itself."""
-    return part.notation if isinstance(part, HasNotation) else str(getattr(part, "__name__", repr(part)))
+    """A part's own formula; of a part of somebody else's that states none, its name."""
+    return part.notation if isinstance(part, HasNotation) else shown(part)
+
+
+def shown(part: object) -> str:
+    """A part in words: `TopK(verify_top_k=5)`, a function by its name, an object that says no more of itself by its class."""
+    if isinstance(getattr(part, "__name__", None), str):
+        return str(part.__name__)  # type: ignore[attr-defined]
+    if dataclasses.is_dataclass(part):
+        values = (f"{field.name}={shown(getattr(part, field.name))}" for field in dataclasses.fields(part) if field.repr)
+        return f"{type(part).__name__}({', '.join(values)})"
+    return type(part).__name__ if type(part).__repr__ is object.__repr__ else repr(part)
 
 
 class TeacherRows(Protocol):

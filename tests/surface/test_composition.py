@@ -7,6 +7,8 @@ import pytest
 from speckd import config
 from speckd.cli import main
 from speckd.recipe_book import recipe_names
+from speckd.run import describe_method
+from speckd.settings import load_settings
 from speckd.types import HasNotation
 
 
@@ -50,6 +52,43 @@ def test_whose_text_it_is(tmp_path: Path, capsys) -> None:
     said = shown(tmp_path, capsys, "--recipe", "distillm-2+speckd")
     own = next(line for line in said.splitlines() if line.startswith("on written"))
     assert "KL(q_t" in own and "KL(p_t" in next(line for line in said.splitlines() if line.startswith("loss"))
+
+
+OWN = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class HalfLabel:
+    share: float = 0.5
+    def weights(self, acceptance): return acceptance, self.share * (1 - acceptance)
+    def fallback(self, rows): return -rows.label_log_prob
+
+class Plain:
+    def __call__(self, rows): return 0 * rows.student_logits[:, 0] + 1
+
+class Lost(HalfLabel):
+    def weights(self, acceptance): return acceptance, 0 * acceptance
+"""
+
+
+def test_parts_of_ones_own_that_state_no_formula_stand_by_their_names(tmp_path: Path, capsys) -> None:
+    own = tmp_path / "own_policies.py"
+    own.write_text(OWN)
+    said = shown(tmp_path, capsys, "--gate", "top_k", "--rejected", f"{own}:HalfLabel", "--divergence", "reverse_kl")
+    assert "L = 1/N Σ_t [V_t · KL(q_t ‖ p_t) + fallback of HalfLabel(share=0.5)]\n" in said
+    assert "V_t = HalfLabel(share=0.5)\n" in said and "a_t = 1[argmax q_t ∈ Top-5(p_t)]\n" in said
+    said = shown(tmp_path, capsys, "--gate", f"{own}:Plain", "--rejected", f"{own}:Lost")
+    assert "fallback" not in said and "V_t = Lost(share=0.5)\n" in said and "a_t = Plain\n" in said
+    assert " at 0x" not in said
+
+
+def test_no_line_shows_where_something_lies_in_memory(tmp_path: Path) -> None:
+    own = tmp_path / "own_plain.py"
+    own.write_text(OWN)
+    flags = ["--output_dir", "out", "--use_cpu", "true", "--gate", f"{own}:Plain", "--divergence", "token_temperature"]
+    line = describe_method(load_settings(None, None, flags))
+    assert "gate Plain → rejected tokens Label() → TokenTemperature(" in line and "divergence=ForwardKL()" in line
+    assert " at 0x" not in line
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

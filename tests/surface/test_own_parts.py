@@ -104,6 +104,8 @@ def test_they_may_be_those_of_the_students_own_text(world: World, tmp_path: Path
         ("gate", "def G(rows): return rows.nothing", "G", {}, "it fails (AttributeError"),
         ("gate", "def G(rows): return rows.student_logits[:, 0]", "G", {"k": 1}, "is no class and takes no options"),
         ("gate", "class G:\n  def __call__(self, rows): pass", "G", {"k": 1}, "does not take these"),
+        ("gate", "class G:\n  def __init__(self, share, least=1): pass", "G", {"k": 1}, ". Valid: least, share"),
+        ("gate", "class G:\n  def __call__(self, rows): pass", "G", {"k": 1}, "has no options"),
         ("divergence", "def G(a, b): return (a - b).sum()", "G", {}, "is not a divergence: asked about 64 rows"),
         ("divergence", "def G(a, b): return (a - a).sum(-1) / 0", "G", {}, "gives NaN for an example"),
         ("rejected", "class G: pass", "G", {}, "is not a policy for rejected tokens"),
@@ -123,3 +125,19 @@ def test_a_mistake_ends_the_command_with_2(world: World, tmp_path: Path, capsys)
     assert run_cli([*flags, "--gate", str(tmp_path / "none.py:Gate")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: gate: there is no file") and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_notices_that_a_part_was_written_anew(world: World, tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: F811
+    """A module is loaded once in a process; what is compared is the file."""
+    monkeypatch.chdir(tmp_path)
+    Path("resumed_gate.py").write_text("def G(rows): return 0 * rows.student_logits[:, 0] + 1\n")
+    own = common_flags(world.student, world.teacher, world.data, Path("out"))
+    flags = [*own, *"--gate resumed_gate.py:G --recipe kd --save_strategy steps --save_steps 1 --max_steps".split()]
+    resume = ["--resume_from_checkpoint", "true"]
+    assert run_cli([*flags, "2"]) == 0 and run_cli([*flags, "2", *resume]) == 0
+    Path("resumed_gate.py").write_text("def G(rows): return 0 * rows.student_logits[:, 0]\n")
+    capsys.readouterr()
+    assert run_cli([*flags, "2", *resume]) == 2
+    assert "error: resume: gate: resumed_gate.py:G: what the file says has changed" in capsys.readouterr().err
+    assert run_cli([*flags, "2", *resume, "--allow_changed_config", "true"]) == 0
+    assert run_cli([*flags, "2", *resume]) == 0  # the change is known now

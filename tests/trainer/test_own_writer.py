@@ -5,11 +5,18 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
+from speckd.errors import ConfigError
+from speckd.settings import load_settings
 from speckd.sources.model_writer import ModelWriter
-from speckd.sources.writer import Draws
+from speckd.sources.writer import Completion, Draws
+from speckd.tasks import build_tokenizer
+from speckd.trainer import SpecKDTrainer
 from tests.repository.files import block
-from tests.tiny import common_flags, log_of, run_cli
+from tests.tiny import common_flags, log_of, run_cli, task_rows
 from tests.trainer.conftest import World
 
 PAGE = "docs/sources.md"
@@ -83,3 +90,40 @@ def test_what_is_wrong_later_ends_the_run_with_its_reason(world: World, place: P
     assert run_cli([*flags, *"--sequence_source mine.py:W --max_completion_length 10 --max_steps 2".split()]) == 2
     assert "error: sequence_source: mine.py:W gives 0 completions for 8 prompts" in capsys.readouterr().err
     assert len(log_of(Path("out"))) == 1
+
+
+class Given:
+    """A writer for Python: of what is to be written, one text for all."""
+
+    def __init__(self, ids: list[int], dtype=torch.int64) -> None:
+        self.completion = Completion(torch.tensor(ids, dtype=dtype), True)
+
+    def write(self, prompts, sampling, draws: Draws) -> list[Completion]:
+        return [self.completion for _ in prompts]
+
+
+def trainer_with(world: World, writer: Given, *flags: str) -> SpecKDTrainer:
+    own = "--use_cpu true --max_steps 1 --save_strategy no --disable_tqdm true --max_completion_length 4 --output_dir out"
+    args = load_settings(None, "ungated", [*own.split(), *flags]).training
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in (world.student, world.teacher))
+    rows = Dataset.from_list(task_rows(8))
+    return SpecKDTrainer(student, teacher, args, rows, processing_class=build_tokenizer(), writer=writer)
+
+
+@pytest.mark.parametrize(
+    ("writer", "said"),
+    [
+        (Given([5, 6, 7, 8, 1]), "has 5 tokens, and may have 4"),
+        (Given([5, 9999, 1]), "it writes token 9999"),
+        (Given([5, 1], torch.int32), "are no tensor"),
+    ],
+)
+def test_a_writer_given_in_python_is_looked_at_alike(world: World, place: Path, writer: Given, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^writer: Given: .*{said}"):
+        trainer_with(world, writer, "--sequence_source", "student").train()
+
+
+def test_a_writer_that_nobody_asks_is_refused(world: World, place: Path) -> None:
+    with pytest.raises(ConfigError, match="sequence_source: dataset nobody asks it"):
+        trainer_with(world, Given([5, 1]))
+    trainer_with(world, Given([5, 1]), "--sequence_source", "student").train()

@@ -11,6 +11,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from speckd import run
 from speckd.arguments import SpecKDConfig
 from speckd.collation import require_isolation
 from speckd.errors import SpeckdError
@@ -19,7 +20,7 @@ from speckd.head import LMHead, check_head
 from speckd.quickstart.data import collate, encode
 from speckd.tasks import build_tokenizer, distinct
 from speckd.tokens import supervised_rows, token_batch
-from speckd.trainer import SpecKDTrainer
+from speckd.trainer import SpecKDTrainer, load_teacher
 from tests.tiny import common_flags, log_of, run_cli, write_model, write_rows
 from tests.trainer.conftest import World
 
@@ -194,15 +195,19 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_nll(tmp_path: Path, give
     assert (best.metric_for_best_model, best.greater_is_better) == (metric, greater)
 
 
-def test_for_sft_a_teacher_changes_nothing(world: World, tmp_path: Path) -> None:
-    """It measures only: the student with a padded head learns over its own whole head, with a teacher or without."""
-    student = write_model(tmp_path / "padded", seed=5, width=256)
-    logs = []
-    for name, teacher in (("with", world.teacher), ("without", None)):
+@pytest.mark.parametrize("recipe", ["sft", "seqkd"])
+def test_for_sft_a_teacher_changes_nothing(world: World, tmp_path: Path, monkeypatch, capsys, recipe: str) -> None:
+    """It measures only: the student with a padded head learns over its own whole head, with a teacher or without. Where nothing
+    is held out to measure on, it is not loaded."""
+    student, logs, loads = write_model(tmp_path / "padded", seed=5, width=256), [], []
+    monkeypatch.setattr(run, "load_teacher", lambda name, *rest: loads.append(name) or load_teacher(name, *rest))
+    held_out = ["--eval_dataset", str(world.data), "--eval_rows", "2"]
+    for name, teacher, more in (("with", world.teacher, held_out), ("unasked", world.teacher, []), ("without", None, [])):
         flags = common_flags(student, teacher, world.data, tmp_path / name)
-        assert run_cli([*flags, "--recipe", "sft", "--max_steps", "3"]) == 0
+        assert run_cli([*flags, *more, "--recipe", recipe, "--max_steps", "3"]) == 0
         logs.append([step["loss"] for step in log_of(tmp_path / name)])
-    assert logs[0] == logs[1]
+        assert ("Teacher: not loaded, for the loss asks for none" in capsys.readouterr().err) == (name == "unasked")
+    assert logs[0] == logs[1] == logs[2] and loads == [str(world.teacher)]
 
 
 def test_a_student_that_believes_in_its_padding_is_named(world: World, tmp_path: Path, capsys) -> None:
