@@ -200,15 +200,7 @@ class SpecKDTrainer(SFTTrainer):
             padding_free=self.padding_free,
             pad_to_multiple_of=self.data_collator.pad_to_multiple_of,
         )
-        if is_sharded_by_deepspeed_or_fsdp(self):
-            raise CapabilityError("DeepSpeed and FSDP shard the head, which is not supported yet", "Use DDP (torchrun)")
-        if self.args.n_gpu > 1:
-            raise CapabilityError(
-                "one process with several GPUs would split each batch between copies of the student",
-                "Start one process a GPU (torchrun --nproc-per-node N -m speckd train ...), or show it one only",
-            )
-        if self.aux_loss_enabled:
-            logger.warning("The student is a mixture of experts: its router's auxiliary loss is not part of the objective.")
+        self._refuse_unsupported_students()
         width = self.student.get_output_embeddings().weight.shape[0]
         self.teacher: Any = None  # the model, where it is one in this process
         self.teachers: dict[str, Any] = {}  # where there are several
@@ -236,6 +228,17 @@ class SpecKDTrainer(SFTTrainer):
         self._begin_counting()
 
     # ---- set-up --------------------------------------------------------------------------------------------------------
+
+    def _refuse_unsupported_students(self) -> None:
+        if is_sharded_by_deepspeed_or_fsdp(self):
+            raise CapabilityError("DeepSpeed and FSDP shard the head, which is not supported yet", "Use DDP (torchrun)")
+        if self.args.n_gpu > 1:
+            raise CapabilityError(
+                "one process with several GPUs would split each batch between copies of the student",
+                "Start one process a GPU (torchrun --nproc-per-node N -m speckd train ...), or show it one only",
+            )
+        if self.aux_loss_enabled:
+            logger.warning("The student is a mixture of experts: its router's auxiliary loss is not part of the objective.")
 
     def _begin_counting(self) -> None:
         threshold, patience = self.args.starvation_threshold, self.args.starvation_patience
