@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from speckd.arguments import SpecKDConfig
 from speckd.checks import asked_teacher, reason_of, several_teachers
 from speckd.data import longest_row_of
 from speckd.dry_run import BatchShape, ModelShape, RunShape, step_facts
@@ -158,7 +159,7 @@ def _run_shape(
     return RunShape(
         student=student,
         teacher=teachers[0] if teachers else None,
-        batch=_batch(settings, data[0], tokenizer, training.per_device_train_batch_size),
+        batch=_with_written(training, _batch(settings, data[0], tokenizer, training.per_device_train_batch_size)),
         device=training.device,
         chunk=training.chunk_size(vocabulary),
         vocabulary=vocabulary,
@@ -215,10 +216,20 @@ def _batch(settings: Settings, data: Dataset, tokenizer: PreTrainedTokenizerBase
     if not training.packing or longest is None:
         found = longest_row_of(data, tokenizer, training.dataset_text_field)
         longest = found if longest is None else min(found, longest)
-    if training.writes:  # behind a prompt that may be nearly all of the longest row
-        longest += training.max_completion_length
+    return BatchShape(min(rows, len(data)), _padded(training, longest), flat)
+
+
+def _with_written(training: SpecKDConfig, batch: BatchShape) -> BatchShape:
+    """With completions behind prompts that may be nearly all of the longest row, and beside the data's where both are kept."""
+    if not training.writes:
+        return batch
+    rows = 2 * batch.rows if training.sequence_source == "paired" else batch.rows
+    return BatchShape(rows, _padded(training, batch.tokens + training.max_completion_length), batch.flat)
+
+
+def _padded(training: SpecKDConfig, tokens: int) -> int:
     unit = training.pad_to_multiple_of or 1
-    return BatchShape(min(rows, len(data)), math.ceil(longest / unit) * unit, flat)
+    return math.ceil(tokens / unit) * unit
 
 
 def _checkpointing(settings: Settings) -> dict[str, Any] | None:

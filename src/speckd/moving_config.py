@@ -11,7 +11,7 @@ from speckd.gates import AnyGate
 from speckd.movers import HoldTAR, Schedule, TAIDPace
 from speckd.moving import Moved, Mover, MovingObjective
 from speckd.objective import Objective
-from speckd.own_parts import example_rows
+from speckd.own_parts import example_for
 from speckd.types import BatchGate
 
 _SCHEDULE: Mapping[str, Any] = {"from": float, "to": float, "steps": int, "shape": str}
@@ -149,7 +149,7 @@ def _turned(mover: HoldTAR, option: str, start: Objective) -> Mover:
 
 
 def _example_rate(gate: AnyGate) -> float:
-    rows = example_rows()
+    rows = example_for(gate)
     accepted = gate.select(gate.score(rows), rows.keys) if isinstance(gate, BatchGate) else gate(rows)
     return float(accepted.double().mean())
 

@@ -92,12 +92,20 @@ def lines_of(batch: Mapping[str, Tensor]) -> list[Line]:
     ]
 
 
-def rewritten(written: Written) -> Line:
-    """A row of a prompt and what was written: every written token is supervised."""
+def rewritten(written: Written, sample: int) -> Line:
+    """A row of a prompt and what was written: every written token is supervised.
+
+    `sample`: whose row it stands in for. A batch's sequences are told apart by it, and the same replayed text may come twice.
+    """
     prompt, completion = written.prompt, written.completion
     unlabelled = torch.full_like(prompt.token_ids, IGNORED_LABEL)
     labels = torch.cat([unlabelled, completion.token_ids])
-    return Line(torch.cat([prompt.token_ids, completion.token_ids]), labels, prompt.sample, written.teacher)
+    return Line(torch.cat([prompt.token_ids, completion.token_ids]), labels, sample, written.teacher)
+
+
+def beside(sample: int) -> int:
+    """The number of the written sequence that stands beside a sample's own: below −1, which is the padding's."""
+    return -2 - sample
 
 
 class StudentText:
@@ -203,7 +211,8 @@ class StudentText:
                 examples.append(row.example())
                 marks.append(False)
             if written is not None:
-                examples.append(rewritten(written).example())
+                sample = beside(row.sample) if self._paired else row.sample
+                examples.append(rewritten(written, sample).example())
                 marks.append(True)
                 self._window.staleness += step - written.step
         self._window.rows += torch.tensor([sum(marks), len(marks)])

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,14 +19,14 @@ from torch import Tensor
 
 from speckd.errors import ConfigError, SpeckdError
 from speckd.policies import FallbackRows
-from speckd.types import BatchDivergence, BatchGate, DenseSignal, Rows, TokenKeys
+from speckd.types import BatchDivergence, BatchGate, DenseSignal, Rows, TokenKeys, at_labels, needs_reference
 
 
 def build(key: str, name: str, options: Mapping[str, Any]) -> Any:
     """The part of that name, tried on an example.
 
     Args:
-        key: which part: gate, rejected or divergence.
+        key: the setting that names it, such as gate, rejected, divergence or student_text_divergence.
         name: file or module, a colon, and what stands in it.
         options: its arguments.
 
@@ -33,7 +34,7 @@ def build(key: str, name: str, options: Mapping[str, Any]) -> Any:
         ConfigError: no such file, module or name; options it does not take; not such a part.
     """
     part = _made(key, name, named(key, name), options)
-    _TRIALS[key](name, part)
+    _TRIALS[key](key, name, part)
     return part
 
 
@@ -111,11 +112,13 @@ def _made(key: str, name: str, found: Any, options: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{key}: {name} cannot be made ({said(error)})", f"Check {key}_options") from error
 
 
+_POLICY = "a policy for rejected tokens"
+
 # ---- trials --------------------------------------------------------------------------------------------------------------
 
 
 def example_rows(count: int = 64, vocabulary: int = 32) -> Rows:
-    """Rows on which student and teacher agree in part, always the same."""
+    """Rows of sequences of 8 on which student, teacher and reference agree in part, always the same."""
 
     def waves(a: float, b: float) -> Tensor:
         place = torch.arange(count * vocabulary, dtype=torch.float64).reshape(count, vocabulary)
@@ -123,33 +126,40 @@ def example_rows(count: int = 64, vocabulary: int = 32) -> Rows:
 
     teacher, number = waves(0.37, 1.1), torch.arange(count)
     student = 0.6 * teacher + waves(0.53, 2.3)
-    return Rows(student, DenseSignal(teacher), teacher.argmax(-1), TokenKeys(number, number))
+    reference = DenseSignal(0.8 * teacher + waves(0.71, 0.6))
+    return Rows(student, DenseSignal(teacher), teacher.argmax(-1), TokenKeys(number // 8, number), reference)
 
 
-def _try_gate(name: str, gate: Any) -> None:
+def example_for(gate: Any) -> Rows:
+    """As in training: with a reference only for a gate that needs one."""
     rows = example_rows()
+    return rows if needs_reference(gate) else replace(rows, reference=None)
+
+
+def _try_gate(key: str, name: str, gate: Any) -> None:
+    rows = example_for(gate)
 
     def asked() -> Tensor:
         return gate.select(gate.score(rows), rows.keys) if isinstance(gate, BatchGate) else gate(rows)
 
-    found = _tried("gate", name, asked, len(rows.labels))
+    found = _tried(key, "a gate", name, asked, len(rows.labels))
     if not bool(((found >= 0) & (found <= 1)).all()):
         raise ConfigError(
-            f"gate: {name} accepts between {float(found.min()):.3g} and {float(found.max()):.3g}", "Return weights from 0 to 1"
+            f"{key}: {name} accepts between {float(found.min()):.3g} and {float(found.max()):.3g}", "Return weights from 0 to 1"
         )
 
 
-def _try_policy(name: str, policy: Any) -> None:
+def _try_policy(key: str, name: str, policy: Any) -> None:
     rows = example_rows()
     acceptance = torch.linspace(0, 1, len(rows.labels))
     for place in (0, 1):
-        _tried("rejected", name, lambda place=place: policy.weights(acceptance)[place], len(rows.labels))
+        _tried(key, _POLICY, name, lambda place=place: policy.weights(acceptance)[place], len(rows.labels))
     log_q, log_p = rows.student.log_probs, rows.teacher.log_prob(torch.arange(32).expand(64, 32))
     seen = FallbackRows(rows.student_label_log_prob, lambda: (log_q, log_p), 1.0)
-    _tried("rejected", name, lambda: policy.fallback(seen), len(rows.labels))
+    _tried(key, _POLICY, name, lambda: policy.fallback(seen), len(rows.labels))
 
 
-def _try_divergence(name: str, divergence: Any) -> None:
+def _try_divergence(key: str, name: str, divergence: Any) -> None:
     rows = example_rows()
     log_q, log_p = (torch.log_softmax(logits, -1) for logits in (rows.student_logits, -rows.student_logits))
 
@@ -157,17 +167,22 @@ def _try_divergence(name: str, divergence: Any) -> None:
         settled = divergence
         if isinstance(divergence, BatchDivergence):
             settled = divergence.settle(divergence.score(log_q, log_p, rows.labels))
-        return settled(log_q.requires_grad_(), log_p)
+        return at_labels(settled, rows.labels)(log_q.requires_grad_(), log_p)
 
-    _tried("divergence", name, asked, len(rows.labels))
-
-
-_TRIALS = {"gate": _try_gate, "rejected": _try_policy, "divergence": _try_divergence}
+    _tried(key, "a divergence", name, asked, len(rows.labels))
 
 
-def _tried(key: str, name: str, asked: Any, rows: int) -> Tensor:
+_TRIALS = {
+    "gate": _try_gate,
+    "rejected": _try_policy,
+    "divergence": _try_divergence,
+    "student_text_rejected": _try_policy,
+    "student_text_divergence": _try_divergence,
+}
+
+
+def _tried(key: str, what: str, name: str, asked: Any, rows: int) -> Tensor:
     """What it answers for so many rows; refused where that is not a number for each."""
-    what = {"gate": "a gate", "rejected": "a policy for rejected tokens", "divergence": "a divergence"}[key]
     fix = "docs/your-own-gate.md shows one that works"
     try:
         found = asked()

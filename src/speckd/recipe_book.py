@@ -15,6 +15,7 @@ OF_PART: Mapping[str, tuple[str, ...]] = {
     "gate": ("gate_options", "gate_schedule", "gate_controller"),
     "rejected": ("rejected_options", "rejected_schedule"),
     "divergence": ("divergence_options", "divergence_schedule", "divergence_controller"),
+    "student_text_divergence": ("student_text_divergence_options",),
     "label_loss_weight": ("objective_schedule",),
     "sequence_source": (
         "on_policy_fraction",
@@ -28,7 +29,6 @@ OF_PART: Mapping[str, tuple[str, ...]] = {
         "student_text_divergence_options",
         "student_text_rejected",
     ),
-    "student_text_divergence": ("student_text_divergence_options",),
 }
 
 

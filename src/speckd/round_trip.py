@@ -77,6 +77,17 @@ class Rendering:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def template_end(tokenizer: Any, row: Mapping[str, Any]) -> frozenset[int]:
+    """The token by which the chat template ends an answer to a row of a data set; none where the row is no conversation."""
+    turns = row.get("prompt") or row.get("messages") or ""
+    if isinstance(turns, str) or tokenizer.chat_template is None:
+        return frozenset()
+    answered = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    asked = turns if row.get("prompt") or not answered else turns[: answered[-1]]
+    present = {name: value for name, value in row.items() if value is not None}
+    return Rendering(tokenizer, frozenset()).with_template_end({**present, "prompt": asked}).stops
+
+
 def with_template(tokenizer: Any, path: str | None, template_of: Any) -> Any:
     """The tokenizer with the run's chat template. `template_of`: the tokenizer of a folder or hub id that `path` may be."""
     if path is None:

@@ -131,7 +131,7 @@ class SequenceConfig:
         takes the share that `label_loss_weight` has on the data's text.
 
         Raises:
-            ConfigError: rejected tokens would learn from a label.
+            ConfigError: tokens would learn from a label that is the student's own.
         """
         found = replace(objective, label_loss_weight=0.0)
         if self.student_text_divergence is not None:
@@ -148,6 +148,11 @@ class SequenceConfig:
                 )
             share = self.teacher_mix if self.sequence_source == "mixed" else 0.0
             found = replace(found, divergence=replace(found.divergence, teacher_mix=share))
+        if found.learns_labels and self.sequence_source not in _WRITERS:
+            raise ConfigError(
+                "label_nll: on text that the student writes, the label is its own token, which teaches nothing",
+                "Set student_text_divergence: reverse_kl for example, or sequence_source: dataset",
+            )
         if isinstance(found.rejected, Label):
             raise ConfigError(
                 "rejected: label: on text that the student writes, the label is its own token, and to learn that one where it "

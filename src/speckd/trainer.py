@@ -59,6 +59,7 @@ from speckd.on_policy import WRITTEN, StepClock, StudentText, first_prompt, long
 from speckd.origins import loss_by_origin
 from speckd.own_writer import CheckedWriter, own_writer
 from speckd.reference_model import reference_source
+from speckd.round_trip import template_end
 from speckd.sources.completions import CollapseWatch
 from speckd.sources.interleaved import InterleavedWriter
 from speckd.sources.mixed import MixedWriter
@@ -177,6 +178,7 @@ class SpecKDTrainer(SFTTrainer):
         _require_reference(self.objective, reference_model)
         self._teacher_names = list(teacher_model) if isinstance(teacher_model, Mapping) else []
         _require_shares(args, self._teacher_names)
+        self._answer_ends: frozenset[int] = frozenset()  # by the chat template, where text is written
         self.dropped_rows: dict[str, DroppedRows] = {}
         self.longest_row: dict[str, int] = {}  # tokens
         self.warnings: list[str] = []  # what went wrong in training, for the card
@@ -335,6 +337,8 @@ class SpecKDTrainer(SFTTrainer):
     def _writing(self, writer: Writer | None) -> StudentText:
         """What replaces completions of the data by written ones."""
         args, prompt = self.args, longest_prompt(self.train_dataset, "train")
+        if args.adaptive_on_policy and isinstance(self.eval_dataset, dict):
+            raise ConfigError("adaptive_on_policy follows one held-out loss, and there are several", "Give one eval_dataset")
         positions = self._positions()
         if positions is not None and prompt >= positions:
             raise ConfigError(f"a prompt has {prompt} tokens, and the models {positions} positions", "Lower max_length")
@@ -358,7 +362,7 @@ class SpecKDTrainer(SFTTrainer):
 
     def _writer_context(self, positions: int | None) -> WriterContext:
         student = self.student
-        stops = tuple(stop_ids(student, self.processing_class))
+        stops = tuple(sorted({*stop_ids(student, self.processing_class), *self._answer_ends}))
         unshared = self._training_vocabulary.outside(student.get_output_embeddings().weight.shape[0])
         return WriterContext(student, self.processing_class, stops, unshared, positions, self.accelerator.autocast)
 
@@ -394,7 +398,7 @@ class SpecKDTrainer(SFTTrainer):
 
     def _positions(self) -> int | None:
         """Of the model in this process that has the fewest."""
-        models = [self.student, self.teacher, *self.teachers.values()]
+        models = [self.student, self.teacher, *self.teachers.values(), None if self.reference is None else self.reference.model]
         configs = [model.config.get_text_config() for model in models if model is not None]
         found = [getattr(config, "max_position_embeddings", None) for config in configs]
         return min((number for number in found if number is not None), default=None)
@@ -481,6 +485,7 @@ class SpecKDTrainer(SFTTrainer):
         if isinstance(dataset, IterableDataset):
             raise DataError(f"the {dataset_name} data is a stream", "Load it without streaming: rows are counted and numbered")
         total, column = len(dataset), args.teacher_route_column
+        first = dataset[0] if total else {}
         if column is not None:
             dataset = number_teachers(dataset, column, self._teacher_names, f"the {dataset_name} data")
         try:
@@ -492,6 +497,8 @@ class SpecKDTrainer(SFTTrainer):
             raise DataError(
                 f"the {dataset_name} data cannot be prepared: {reason}", "Check the data and its chat template"
             ) from error
+        if dataset_name == "train" and args.writes:
+            self._answer_ends = template_end(processing_class, first)
         prepared, self.dropped_rows[dataset_name] = keep_supervised(prepared, total, dataset_name, args.max_length)
         self.longest_row[dataset_name] = longest_row(prepared, dataset_name, args.max_length)
         return spread_sample_ids(prepared, packing, args.max_length, args.packing_strategy)

@@ -400,8 +400,9 @@ class PolicyGradient:
         return PolicyGradient(self.weight[index], self.advantage[index])
 
     def of(self, divergence: Tensor, label_log_prob: Tensor) -> Tensor:
-        """[N] from [N] each; a label that no advantage asks for may be NaN."""
-        gain = torch.where(self.advantage != 0, self.advantage * label_log_prob, 0)
+        """[N] from [N] each; a label that no advantage asks for, or whose weight has become 0, may be NaN."""
+        asked = (self.advantage != 0) & (self.weight != 0)
+        gain = torch.where(asked, self.advantage * label_log_prob, 0)
         return self.weight * (divergence - gain)
 
 

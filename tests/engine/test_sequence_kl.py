@@ -13,6 +13,8 @@ from speckd.objective import token_terms
 from speckd.policies import DownWeight, Mask, Residual
 from speckd.sequence_kl import SequenceReverseKL
 from speckd.support import shared_support
+from speckd.teachers.in_process import HiddenTeacher
+from speckd.tokens import SupervisedRows
 from speckd.types import Rows, TokenKeys
 from tests.parity.cases import Problem, problem, teacher_rows
 
@@ -99,3 +101,16 @@ def test_no_rows_and_another_temperature() -> None:
     assert float(output.sum) == 0
     with pytest.raises(ConfigError, match="temperature 1"):
         Objective(NoGate(), Mask(), SequenceReverseKL(), divergence_temperature=2.0)
+
+
+def test_a_token_that_only_the_teacher_could_draw_is_silent_and_no_nan() -> None:
+    """q(y) = e⁻²⁰⁰ in mixed text: w_t is 0 in float32, so the row's loss is, whatever follows it."""
+    logits = torch.tensor([[0.0, 0.0, -200.0], [0.0, 0.0, 0.0]])
+    teacher = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 2.0]])
+    rows = SupervisedRows(torch.arange(2), torch.tensor([2, 2]), TokenKeys(torch.zeros(2).long(), torch.arange(2)))
+    hidden, head = logits.requires_grad_(), LMHead(torch.eye(3), None)
+    objective = Objective(NoGate(), Mask(), SequenceReverseKL(teacher_mix=0.2))
+    output = distillation_loss(objective, hidden, head, HiddenTeacher(teacher, LMHead(torch.eye(3), None)), rows)
+    output.sum.backward()
+    assert output.terms.loss[0] == 0 and torch.isfinite(output.terms.loss[1])
+    assert hidden.grad is not None and bool((hidden.grad[0] == 0).all()) and bool((hidden.grad[1] != 0).any())

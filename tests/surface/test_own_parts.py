@@ -15,7 +15,16 @@ from tests.trainer.conftest import World, world  # noqa: F401  (a fixture)
 PAGE = "docs/your-own-gate.md"
 
 
-@pytest.mark.parametrize(("part", "file"), [("gate", "my_gates.py"), ("divergence", "my_divergences.py")])
+SHOWN = {
+    "gate": "argmax q_t = argmax p_t, max p_t ≥ 0.3",
+    "divergence": "V_t · squared_hellinger",
+    "policy": "½(1 − a_t) · (−log q_t(y_t))",
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "file"), [("gate", "my_gates.py"), ("divergence", "my_divergences.py"), ("policy", "my_policies.py")]
+)
 def test_the_documented_example_trains(world: World, tmp_path: Path, monkeypatch, capsys, part: str, file: str) -> None:  # noqa: F811
     monkeypatch.chdir(tmp_path)
     Path(file).write_text(block(f"python: {part}", PAGE))
@@ -24,8 +33,7 @@ def test_the_documented_example_trains(world: World, tmp_path: Path, monkeypatch
     assert words[:2] == ["speckd", "train"]
     flags = [*words[2:], *common_flags(world.student, world.teacher, world.data, Path("out"))]
     assert run_cli([*flags, "--dry-run"]) == 0 and not Path("out").exists()
-    said = capsys.readouterr().out
-    assert ("argmax q_t = argmax p_t, max p_t ≥ 0.3" if part == "gate" else "V_t · squared_hellinger") in said
+    assert SHOWN[part] in capsys.readouterr().out
     assert run_cli(flags) == 0
     log = log_of(Path("out"))
     assert len(log) == 2 and all(0 <= entry["tar"] <= 1 and entry["grad_norm"] > 0 for entry in log)
@@ -51,6 +59,35 @@ def test_a_module_that_can_be_imported_and_what_is_made_already(tmp_path: Path, 
     monkeypatch.syspath_prepend(str(tmp_path))
     assert build("rejected", "speckd_test_parts:mine", {}) == build("rejected", "speckd.policies:Mask", {})
     del sys.modules["speckd_test_parts"]
+
+
+def test_what_a_part_asks_for_is_there_when_it_is_tried(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Nearer:\n    needs_reference = True\n\n    def __call__(self, rows):\n"
+        "        known = rows.required_reference.label_log_prob(rows.labels)\n"
+        "        return (known > rows.student_label_log_prob).float()\n\n\n"
+        "def quiet(rows):\n    return rows.reference.label_log_prob(rows.labels).exp()\n\n\n"
+        "class Wrong:\n    def at(self, labels):\n        return lambda q, p: -q.gather(-1, labels[:, None])[:, 0]\n\n"
+        "    def __call__(self, student, teacher):\n        raise AssertionError\n"
+    )
+    assert build("gate", f"{tmp_path}/mine.py:Nearer", {}).needs_reference
+    assert build("divergence", f"{tmp_path}/mine.py:Wrong", {})
+    with pytest.raises(ConfigError, match="it fails"):  # it does not say that it needs one, so training would give it none
+        build("gate", f"{tmp_path}/mine.py:quiet", {})
+
+
+def test_they_may_be_those_of_the_students_own_text(world: World, tmp_path: Path, capsys) -> None:  # noqa: F811
+    (tmp_path / "mine.py").write_text(
+        "from speckd.policies import Mask\n\n\ndef gap(student, teacher):\n"
+        "    return (student.exp() - teacher.exp()).square().sum(-1)\n\n\ndef none(student, teacher):\n    return None\n"
+    )
+    flags = [*common_flags(world.student, world.teacher, world.data, tmp_path / "out"), "--recipe", "gkd+speckd"]
+    flags += ["--max_steps", "1", "--max_completion_length", "8", "--student_text_divergence"]
+    assert run_cli([*flags, f"{tmp_path}/mine.py:gap", "--student_text_rejected", f"{tmp_path}/mine.py:Mask"]) == 0
+    said = capsys.readouterr()
+    assert "Mask() → gap" in said.out + said.err and len(log_of(tmp_path / "out")) == 1
+    assert run_cli([*flags, f"{tmp_path}/mine.py:none"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: student_text_divergence: ")
 
 
 @pytest.mark.parametrize(

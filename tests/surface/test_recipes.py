@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from speckd.cli import main
-from speckd.divergences import AlphaBeta, LabelNLL, forward_kl
+from speckd.divergences import AlphaBeta, LabelNLL, forward_kl, todi
 from speckd.errors import ConfigError
 from speckd.gates import NoGate, TopK
 from speckd.objective import Objective
@@ -34,6 +34,8 @@ def test_the_later_name_counts_and_takes_the_earlier_parts_options_away(tmp_path
     joined = load_settings(None, "taid+kd", ["--output_dir", str(tmp_path)])
     assert joined.training.objective().divergence == forward_kl and joined.training.divergence_controller is None
     assert objective_of(tmp_path, "abkd", "--divergence", "todi").divergence != AlphaBeta()  # and no error about alpha
+    other = load_settings(None, "distillm-2", ["--output_dir", str(tmp_path), "--student_text_divergence", "todi"]).training
+    assert other.student_text_objective(other.objective()).divergence == todi
 
 
 def test_a_recipe_among_the_flags_beats_the_file_in_what_it_names(tmp_path: Path) -> None:

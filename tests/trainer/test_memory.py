@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen3Config
 
-from speckd import LMHead, distillation_loss
+from speckd import LMHead, distillation_loss, memory_report
 from speckd.config import DIVERGENCES, REJECTED, MethodConfig
 from speckd.data import longest_row_of
 from speckd.dry_run import BatchShape, LiveBytes, ModelShape, RunShape, step_facts, student_step
@@ -19,6 +19,7 @@ from speckd.engine import default_chunk_size
 from speckd.evaluate import HeldOutSums, measure
 from speckd.memory_plan import MIB, StepFacts, measure_bytes, plan, tiles_bytes
 from speckd.memory_report import Foreseen
+from speckd.settings import load_settings
 from speckd.tasks import build_tokenizer
 from speckd.teachers import HiddenTeacher
 from speckd.tokens import supervised_rows, token_batch
@@ -253,3 +254,17 @@ def test_the_longest_row_is_found_in_every_shape(rows: list[dict], tokens: str) 
 
 def test_the_longest_row_of_token_ids_is_their_number() -> None:
     assert longest_row_of(Dataset.from_list([{"input_ids": [1, 2, 3]}, {"input_ids": [1]}]), build_tokenizer(), "text") == 3
+
+
+@pytest.mark.parametrize(("source", "shape"), [("dataset", (4, 8)), ("student", (4, 16)), ("paired", (8, 16))])
+def test_written_text_is_reckoned_with_where_it_is_trained_on_alone(
+    world: World, tmp_path: Path, monkeypatch, source: str, shape: tuple[int, int]
+) -> None:
+    rows = Dataset.from_list([{"prompt": "add 2", "completion": " and 3 and 4 ."}] * 8)
+    flags = [*common_flags(world.student, world.teacher, world.data, tmp_path / "out"), "--sequence_source", source]
+    flags += "--per_device_train_batch_size 4 --per_device_eval_batch_size 2 --max_completion_length 8".split()
+    seen: list[RunShape] = []
+    monkeypatch.setattr(memory_report, "step_facts", lambda run: seen.append(run) or step_facts(run))
+    settings = load_settings(None, "kd", flags)
+    memory_report.foresee_memory(settings, None, (rows, rows), (build_tokenizer(), build_tokenizer()))
+    assert (seen[0].batch.rows, seen[0].batch.tokens) == shape and seen[0].evaluation == BatchShape(2, 8)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from speckd.config import GATES
+from speckd.moving_config import MovingConfig
 from tests.tiny import common_flags, log_of, run_cli
 from tests.trainer.conftest import World
 
@@ -63,6 +64,13 @@ def test_a_controller_finds_its_target(world: World, tmp_path: Path) -> None:
     rates = [entry["tar"] for entry in log]
     assert abs(sum(rates[-18:]) / 18 - 0.25) < 0.03 < abs(sum(rates[:6]) / 6 - 0.25)
     assert GATES["threshold"](threshold=log[-1]["gate/threshold"])  # a value that the gate bears
+
+
+@pytest.mark.parametrize("gate", ["excess_label_loss", "student_entropy"])
+def test_the_share_that_a_ranked_gate_keeps_can_be_moved(gate: str) -> None:
+    """In the direction in which it accepts more, a reference model or sequences of one token notwithstanding."""
+    moving = MovingConfig(gate=gate, gate_controller={"option": "fraction", "tar_target": 0.5}).moving_objective()
+    assert moving.moved[0].mover.raises_tar
 
 
 @pytest.mark.parametrize(

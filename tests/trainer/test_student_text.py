@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from speckd.arguments import SpecKDConfig
 from speckd.cli import main
+from speckd.errors import ConfigError
+from speckd.sources.model_writer import ModelWriter
+from speckd.tasks import build_tokenizer
 from speckd.trainer import SpecKDTrainer
-from tests.tiny import common_flags, log_of, run_cli, write_model, write_rows
+from tests.tiny import common_flags, log_of, run_cli, task_rows, write_model, write_rows
 from tests.trainer.conftest import World
 from tests.trainer.served_model import served
 
@@ -144,11 +150,15 @@ def test_a_replayed_row_brings_its_own_teacher(world: World, tmp_path: Path, mon
     rows = [{**json.loads(line), "who": "ab"[i % 2]} for i, line in enumerate(world.data.read_text().splitlines())]
     data, teachers = write_rows(tmp_path / "rows.jsonl", rows), {"a": str(world.teacher), "b": str(world.place / "b")}
     write_model(world.place / "b", 9, 16, 1)
+    tokenizer = build_tokenizer()
+    whose = {tuple(tokenizer(row["prompt"]).input_ids): i for i, row in enumerate(rows)}
+    assert len(whose) == len(rows)
     seen: list[tuple[int, int]] = []
     known = SpecKDTrainer.compute_loss
 
     def spying(self, model, inputs, *args, **kwargs):
-        seen.extend(zip(inputs["sample_ids"][:, 0].tolist(), inputs["teacher_numbers"][:, 0].tolist(), strict=True))
+        for ids, labels, of in zip(inputs["input_ids"], inputs["labels"], inputs["teacher_numbers"], strict=True):
+            seen.append((whose[tuple(ids[: int((labels != -100).long().argmax())].tolist())], int(of[0])))
         return known(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(SpecKDTrainer, "compute_loss", spying)
@@ -192,11 +202,18 @@ REFUSED = {
     "fraction": ("--on_policy_fraction 1.5", "between 0 and 1"),
     "source": ("--sequence_source students", "Did you mean 'student'"),
     "nothing written": ("--sequence_source dataset --student_text_divergence reverse_kl", "the student writes nothing"),
+    "its own label": ("--divergence label_nll --gate top_k --rejected mask", "label_nll: on text that the student writes"),
     "policy gradient on data": ("--divergence sequence_reverse_kl", "the data's text was not drawn from the student"),
-    "policy gradient of old text": ("--recipe minillm --sequence_source replay", "must be drawn anew from the student"),
-    "policy gradient of cut draws": ("--recipe minillm --sampling_top_p 0.9", "sampling_top_p: 1"),
+    "policy gradient of old text": (
+        "--student_text_divergence sequence_reverse_kl --sequence_source replay",
+        "must be drawn anew from the student",
+    ),
+    "policy gradient of cut draws": ("--student_text_divergence sequence_reverse_kl --sampling_top_p 0.9", "sampling_top_p: 1"),
     "teacher_mix": ("--recipe minillm --teacher_mix 1.5", "teacher_mix is 1.5"),
-    "two mixes": ('--recipe minillm --student_text_divergence_options {"teacher_mix":0.1}', "Set teacher_mix"),
+    "two mixes": (
+        '--student_text_divergence sequence_reverse_kl --student_text_divergence_options {"teacher_mix":0.1}',
+        "Set teacher_mix",
+    ),
 }
 
 
@@ -240,8 +257,6 @@ def test_every_row_keeps_its_prompt_and_learns_from_what_was_written(world: Worl
 
     monkeypatch.setattr(SpecKDTrainer, "compute_loss", spying)
     train(world, tmp_path / "out", "--per_device_train_batch_size", "4", "--max_steps", "1")
-    from speckd.tasks import build_tokenizer
-
     tokenizer = build_tokenizer()
     rows = [json.loads(line) for line in world.data.read_text().splitlines()][:4]
     inputs = seen[0]["inputs"]
@@ -254,3 +269,76 @@ def test_every_row_keeps_its_prompt_and_learns_from_what_was_written(world: Worl
         assert torch.equal(inputs["labels"][i][supervised[i]], written) and len(written) <= 10
         assert inputs["sample_ids"][i, 0] == i
     assert int(seen[0]["count"]) == int(supervised.sum())
+
+
+@pytest.mark.parametrize("mode", ["paired", "replay"])
+def test_no_two_sequences_of_a_batch_are_taken_for_one(world: World, tmp_path: Path, monkeypatch, mode: str) -> None:
+    """Of a pair, and where replayed text stands beside its own sample or comes twice: each is ranked by itself."""
+    seen: list[list[int]] = []
+    known = SpecKDTrainer.compute_loss
+
+    def spying(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["sample_ids"][:, 0].tolist())
+        return known(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SpecKDTrainer, "compute_loss", spying)
+    more = "--per_device_train_batch_size 8 --max_steps 6 --sequence_source".split()
+    if mode == "replay":
+        train(world, tmp_path / "out", *more, *"replay --on_policy_fraction 0.9 --replay_capacity 8".split())
+    else:
+        gate = '--gate student_entropy --gate_options {"fraction":0.2}'.split()
+        log = train(world, tmp_path / "out", *more, "paired", *gate)
+        lengths = [len(json.loads(line)["completion"].split()) for line in world.data.read_text().splitlines()]
+        assert min(lengths) > 1 and all(entry["tar"] >= 0.2 for entry in log)  # ⌈ρ·L⌉ of every sequence
+    assert len(seen) == 6 and all(len(set(samples)) == len(samples) for samples in seen)
+    assert {len(samples) for samples in seen} == {16 if mode == "paired" else 8}
+
+
+_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} <end> "
+    "{% endgeneration %}{% else %}{{ m['content'] }} <end> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.mark.parametrize("shape", ["prompt", "messages"])
+def test_text_ends_where_the_chat_template_ends_an_answer(tmp_path: Path, monkeypatch, shape: str) -> None:
+    """Base models know another end: their tokenizer's and configuration's is not what the template puts behind an answer."""
+    models = [write_model(tmp_path / "student", 1, width=256), write_model(tmp_path / "teacher", 2, width=256)]
+    for folder in models:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+        tokenizer.chat_template = _TEMPLATE
+        tokenizer.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    turns = [({"role": "user", "content": f"apple {i}"}, {"role": "assistant", "content": "ok"}) for i in range(8)]
+    whole = [
+        {"messages": [asked, said]} if shape == "messages" else {"prompt": [asked], "completion": [said]}
+        for asked, said in turns
+    ]
+    stops: set[tuple[int, ...]] = set()
+    known = ModelWriter.write
+    monkeypatch.setattr(ModelWriter, "write", lambda self, *given: stops.add(self.stop_ids) or known(self, *given))
+    data = write_rows(tmp_path / "chat.jsonl", whole)
+    more = ["--max_steps", "1", *(["--assistant_only_loss", "true"] if shape == "messages" else [])]
+    assert run_cli([*common_flags(*models, data, tmp_path / "out"), *BASE, *more]) == 0
+    assert stops == {(tokenizer.eos_token_id, end)}
+
+
+def test_what_is_written_stays_within_the_references_positions_and_one_loss_moves_the_share(
+    world: World, tmp_path: Path
+) -> None:
+    config = {"vocab_size": len(build_tokenizer()), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    reference = LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=1, max_position_embeddings=60))
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (world.student, world.teacher)]
+    data = Dataset.from_list(task_rows(4))
+
+    def trainer(**more) -> SpecKDTrainer:
+        how = {"gate": "excess_label_loss", "rejected": "mask", "sequence_source": "student", "use_cpu": True, **more}
+        args = SpecKDConfig(output_dir=str(tmp_path), max_completion_length=64, **how)
+        more = {"processing_class": build_tokenizer(), "teacher_processing_class": build_tokenizer()}
+        return SpecKDTrainer(*models, args, data, {"a": data, "b": data}, reference_model=reference, **more)
+
+    assert trainer().longest_row["written"] == 60
+    with pytest.raises(ConfigError, match="follows one held-out loss"):
+        trainer(adaptive_on_policy=True, eval_strategy="epoch")
