@@ -60,6 +60,11 @@ def capture(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
 
 
 def _fill(folder: Path, settings: Settings, trainer: SpecKDTrainer) -> None:
+    if trainer.source is None and settings.teacher_model is not None:
+        raise ConfigError(
+            "there is nothing to cache: this method asks no teacher, and no rows are held out",
+            "Name the recipe that will use the cache, or give eval_dataset",
+        )
     if trainer.source is None:
         raise ConfigError("teacher_model_name_or_path is not set: there is no teacher to cache", "Give a path or hub id")
     layout = layout_of(settings, trainer.vocabulary)

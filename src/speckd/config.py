@@ -162,6 +162,14 @@ def build(key: str, known: Mapping[str, Callable[..., Any]], name: str, options_
     return build(**given)
 
 
+def options_key_of(option: str) -> str | None:
+    """Under which setting an option of some gate, policy or divergence stands; None of what is none."""
+    for key, known in (("gate_options", GATES), ("rejected_options", REJECTED), ("divergence_options", DIVERGENCES)):
+        if any(option in {field.name for field in fields(part)} for part in known.values() if is_dataclass(part)):
+            return key
+    return None
+
+
 def require_options(key: str, name: str, valid: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuses options that `name` does not have, and values of another kind; `valid`: each option's type."""
     for option, value in given.items():

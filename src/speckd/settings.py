@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from trl import ModelConfig, get_quantization_config
 
 from speckd.arguments import SpecKDConfig
+from speckd.config import options_key_of
 from speckd.errors import ConfigError
 from speckd.recipe_book import DEFAULT_RECIPE, recipe_settings, spoken_of
 from speckd.sequence_config import OF_SOURCES, OWN_WRITER
@@ -243,6 +244,8 @@ def _require_known(source: str, values: dict[str, Any]) -> None:
         if key not in known:
             close = get_close_matches(key, known, n=1, cutoff=0.5)
             fix = f"Did you mean '{close[0]}'?" if close else "Remove it"
+            if (options := options_key_of(key)) is not None:
+                fix = f"Write {options}: {{{key}: ...}}"
             raise ConfigError(f"{source}: '{key}' is not a setting", f"{fix} (speckd options lists all)")
 
 

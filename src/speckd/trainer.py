@@ -170,10 +170,7 @@ class SpecKDTrainer(SFTTrainer):
             raise ConfigError("no teacher is given", "Set teacher_model_name_or_path, or label_loss_weight: 1 for SFT")
         if teacher_model is not None and teacher_source is not None:
             raise ConfigError("both teacher_model and teacher_source are given", "Pass one of them")
-        if writer is not None and not args.writes:
-            raise ConfigError(
-                "a writer is given, but with sequence_source: dataset nobody asks it", "Set sequence_source: student, or such"
-            )
+        _refuse_unasked(writer, args)
         reference_model = reference_model or args.reference_model_name_or_path
         _require_reference(self.objective, reference_model)
         self._teacher_names = list(teacher_model) if isinstance(teacher_model, Mapping) else []
@@ -895,6 +892,13 @@ def _require_shares(args: SpecKDConfig, names: list[str]) -> None:
         raise ConfigError(f"{given[0]} is set, but there are no teachers by name", "Pass a mapping as teacher_model")
     if names and args.teacher_mixture is not None:
         require_weights(names, args.teacher_mixture)
+
+
+def _refuse_unasked(writer: Writer | None, args: SpecKDConfig) -> None:
+    if writer is not None and not args.writes:
+        raise ConfigError(
+            "a writer is given, but with sequence_source: dataset nobody asks it", "Set sequence_source: student, or such"
+        )
 
 
 def _require_reference(objective: Objective, reference: Any) -> None:

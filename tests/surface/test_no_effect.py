@@ -59,3 +59,11 @@ def test_a_policy_of_the_default_recipe_is_not_taken_for_the_users() -> None:
 def test_a_part_of_ones_own_is_named_with_a_colon(name: str) -> None:
     with pytest.raises(ConfigError, match=r"write gate: FILE\.py:NAME or MODULE:NAME"):
         settings(f"--gate {name}")
+
+
+@pytest.mark.parametrize(
+    ("option", "key"), [("verify_top_k", "gate"), ("rejected_weight", "rejected"), ("head_mass", "divergence")]
+)
+def test_an_option_of_a_part_is_no_setting_by_itself(option: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{option}' is not a setting. Write {key}_options: {{{option}: ...}}"):
+        settings(f"--{option} 1")

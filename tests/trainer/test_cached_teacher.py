@@ -191,6 +191,12 @@ def test_without_a_teacher_there_is_nothing_to_cache(world: World, tmp_path: Pat
     assert main(["cache", *flags, "--recipe", "sft", "--teacher_cache_dir", str(tmp_path / "cache")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: teacher_model_name_or_path is not set") and not (tmp_path / "cache").exists()
+    flags = common_flags(world.student, world.teacher, world.data, tmp_path / "unused")
+    assert main(["cache", *flags, "--recipe", "sft", "--teacher_cache_dir", str(tmp_path / "cache")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error.startswith("error: there is nothing to cache: this method asks no teacher") and not (tmp_path / "cache").exists()
+    )
 
 
 def test_another_mask_is_refused_before_the_first_step_and_a_smaller_one_is_not(
