@@ -530,6 +530,8 @@ def test_packing_and_an_adapter(how: str, sound: Sound, place: Path, capsys) -> 
 def test_sft_and_a_student_that_is_its_own_teacher(sound: Sound, place: Path, capsys) -> None:
     found = told(capsys, sound.flags(place / "out", "--recipe", "sft", teacher_model_name_or_path=None))
     assert found.code == 0 and found.abouts == EVERY_GROUP and not found.of(Level.WARNING)
+    found = told(capsys, sound.flags(place / "out", "--recipe", "sft", eval_dataset=None))  # the teacher is not asked
+    assert found.code == 0 and not found.of(Level.WARNING)
     own = ["--teacher", "base", "--use_peft", "true", "--lora_target_modules", "q_proj"]
     found = told(capsys, sound.flags(place / "out", *own, teacher_model_name_or_path=None))
     assert found.code == 0 and "the student starts as its teacher" in str(found.of(Level.WARNING, About.LOADED))
