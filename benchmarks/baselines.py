@@ -45,6 +45,7 @@ BASELINES = {
     "reverse-kl": DATA,
     "imitkd": DATA,
     "gkd": DATA,
+    "minillm": DATA,
     "distillm": DATA,
     "distillm-2": TEACHER_TEXT,
     "skd": DATA,
