@@ -133,7 +133,8 @@ def test_every_baseline_without_a_gate_is_here_or_among_those_of_written_text(tm
     without = {name: recipe_settings(name) for name in recipe_names() if recipe_settings(name)["gate"] == "none"}
     on_data = {name for name, settings in without.items() if settings.get("sequence_source", "dataset") == "dataset"}
     assert set(FORMULAS) == on_data
-    assert set(OF_WRITTEN_TEXT) == without.keys() - on_data
+    of_texts = {"minillm"}  # whose loss is a whole text's, by a test of its own beside those
+    assert OF_WRITTEN_TEXT.keys() | of_texts == without.keys() - on_data
 
 
 def test_taids_t_moves_its_target(tmp_path: Path) -> None:
