@@ -60,18 +60,29 @@ def _teacher(rows: Rows, gate: str) -> DenseSignal:
 
 
 @dataclass(frozen=True)
-class StudentEntropy:
+class _ByOneScore:
+    """What gates with one score a row share: the fraction that is kept, which end, and of what. Defaults: the gate's."""
+
+    fraction: float = 0.5
+    lowest: bool = False
+    per_sequence: bool = False
+
+    def __post_init__(self) -> None:
+        _require_fraction(self.fraction)
+
+    def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
+        return kept(scores, keys, self.fraction, self.lowest, self.per_sequence)
+
+
+@dataclass(frozen=True)
+class StudentEntropy(_ByOneScore):
     """Score H(q). As it stands, SE-KD's selection: per sequence the `ceil(ρ·L)` highest, ρ = 0.2.
 
     From the source text of the paper (arXiv 2602.01395, "Student Entropy-based Position Selection").
     """
 
     fraction: float = 0.2
-    lowest: bool = False
     per_sequence: bool = True
-
-    def __post_init__(self) -> None:
-        _require_fraction(self.fraction)
 
     @property
     def notation(self) -> str:
@@ -80,20 +91,13 @@ class StudentEntropy:
     def score(self, rows: Rows) -> Tensor:
         return rows.student.entropy()
 
-    def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
-        return kept(scores, keys, self.fraction, self.lowest, self.per_sequence)
-
 
 @dataclass(frozen=True)
-class TeacherEntropy:
+class TeacherEntropy(_ByOneScore):
     """Score H(p): `lowest: true` keeps where the teacher is sure. Per sequence, as SE-KD (2602.01395, table 1) compares it."""
 
     fraction: float = 0.2
-    lowest: bool = False
     per_sequence: bool = True
-
-    def __post_init__(self) -> None:
-        _require_fraction(self.fraction)
 
     @property
     def notation(self) -> str:
@@ -102,20 +106,10 @@ class TeacherEntropy:
     def score(self, rows: Rows) -> Tensor:
         return _teacher(rows, "teacher_entropy").entropy()
 
-    def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
-        return kept(scores, keys, self.fraction, self.lowest, self.per_sequence)
-
 
 @dataclass(frozen=True)
-class TotalVariation:
+class TotalVariation(_ByOneScore):
     """Score TV(p, q) = ½ Σ|p − q|: `lowest: true` keeps where they agree most. Per batch."""
-
-    fraction: float = 0.5
-    lowest: bool = False
-    per_sequence: bool = False
-
-    def __post_init__(self) -> None:
-        _require_fraction(self.fraction)
 
     @property
     def notation(self) -> str:
@@ -124,23 +118,13 @@ class TotalVariation:
     def score(self, rows: Rows) -> Tensor:
         return 1 - _teacher(rows, "total_variation").overlap(rows.student)
 
-    def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
-        return kept(scores, keys, self.fraction, self.lowest, self.per_sequence)
-
 
 @dataclass(frozen=True)
-class HellingerDistance:
+class HellingerDistance(_ByOneScore):
     """Score √(½ Σ(√p − √q)²): AdaKD's selection, the fraction r of the batch (arXiv 2510.11615).
 
     There r follows a moving average of the loss; here it is given. 0.5 is the default of the authors' code.
     """
-
-    fraction: float = 0.5
-    lowest: bool = False
-    per_sequence: bool = False
-
-    def __post_init__(self) -> None:
-        _require_fraction(self.fraction)
 
     @property
     def notation(self) -> str:
@@ -149,23 +133,13 @@ class HellingerDistance:
     def score(self, rows: Rows) -> Tensor:
         return hellinger(_teacher(rows, "hellinger"), rows.student)
 
-    def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
-        return kept(scores, keys, self.fraction, self.lowest, self.per_sequence)
-
 
 @dataclass(frozen=True)
-class LabelUncertainty:
+class LabelUncertainty(_ByOneScore):
     """Score 1 − p(y): ATKD's "hard" tokens, the upper half of the batch (arXiv 2402.11890); `lowest: true` keeps the easy ones.
 
     The authors' code splits at the median, where the middle one of an odd count is hard: `ceil` says the same.
     """
-
-    fraction: float = 0.5
-    lowest: bool = False
-    per_sequence: bool = False
-
-    def __post_init__(self) -> None:
-        _require_fraction(self.fraction)
 
     @property
     def notation(self) -> str:
@@ -173,9 +147,6 @@ class LabelUncertainty:
 
     def score(self, rows: Rows) -> Tensor:
         return -torch.expm1(rows.teacher.label_log_prob(rows.labels))
-
-    def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
-        return kept(scores, keys, self.fraction, self.lowest, self.per_sequence)
 
 
 # ---- two scores, each put on one scale over the batch ----------------------------------------------------------------------
@@ -275,7 +246,7 @@ def _require_clip(clipped: float) -> None:
 
 
 @dataclass(frozen=True)
-class ExcessDivergence:
+class ExcessDivergence(_ByOneScore):
     """AdaSPEC: score KL(p ‖ q) − KL(p ‖ r), the highest fraction 0.4 of the batch (arXiv 2510.19779).
 
     r is a student distilled from the same teacher before: tokens where it has come nearer than q can be learnt. That the batch
@@ -284,11 +255,6 @@ class ExcessDivergence:
 
     needs_reference: ClassVar[bool] = True
     fraction: float = 0.4
-    lowest: bool = False
-    per_sequence: bool = False
-
-    def __post_init__(self) -> None:
-        _require_fraction(self.fraction)
 
     @property
     def notation(self) -> str:
@@ -299,12 +265,9 @@ class ExcessDivergence:
         reference = whole(rows.required_reference, width, "excess_divergence needs the whole of the reference's distribution")
         return _difference(kl(teacher, rows.student), kl(teacher, reference))
 
-    def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
-        return kept(scores, keys, self.fraction, self.lowest, self.per_sequence)
-
 
 @dataclass(frozen=True)
-class ExcessLabelLoss:
+class ExcessLabelLoss(_ByOneScore):
     """Rho-1's selection: score log r(y) − log q(y), the excess of the student's cross-entropy over a reference model's.
 
     The highest fraction 0.6 of the batch is kept (arXiv 2404.07965). The teacher is not asked. Rho-1 itself trains those by
@@ -313,11 +276,6 @@ class ExcessLabelLoss:
 
     needs_reference: ClassVar[bool] = True
     fraction: float = 0.6
-    lowest: bool = False
-    per_sequence: bool = False
-
-    def __post_init__(self) -> None:
-        _require_fraction(self.fraction)
 
     @property
     def notation(self) -> str:
@@ -325,9 +283,6 @@ class ExcessLabelLoss:
 
     def score(self, rows: Rows) -> Tensor:
         return _difference(rows.required_reference.label_log_prob(rows.labels), rows.student_label_log_prob)
-
-    def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
-        return kept(scores, keys, self.fraction, self.lowest, self.per_sequence)
 
 
 def _difference(one: Tensor, other: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from speckd.sources.rewinding import in_eval_mode
 from speckd.sources.sampling import draw, uniforms_at
 from speckd.sources.writer import Completion, Draws, Prompt, Sampling
 
@@ -70,7 +71,7 @@ class ModelWriter:
         config = GenerationConfig(
             max_new_tokens=limit, do_sample=False, use_cache=True, eos_token_id=list(self.stop_ids) or None, pad_token_id=0
         )
-        with torch.no_grad(), self._autocast(), _as_it_is(self.model):
+        with self._autocast(), _as_it_is(self.model):
             whole = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -114,16 +115,14 @@ class _Drawn(LogitsProcessor):
 
 @contextmanager
 def _as_it_is(model: Any) -> Iterator[None]:
-    """In eval mode, and without the penalties and limits of its own generation settings; all comes back as it was."""
-    modes, settings = [(module, module.training) for module in model.modules()], model.generation_config
-    model.eval()
+    """In eval mode, without gradients, penalties and limits of its own generation settings; all comes back as it was."""
+    settings = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         model.generation_config = settings
-        for module, mode in modes:
-            module.training = mode
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
