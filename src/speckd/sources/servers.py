@@ -203,14 +203,12 @@ class Servers:
             raise TeacherLostError(what, "See the server's own log, then start again")
 
     def _set_aside(self, server: Server, cause: str, after_s: float = 0.0, down: bool = True) -> None:
-        """Twice as long each time, and from half to all of that, so that clients do not come back together."""
+        """For a while, as `Timeouts.pause_s` says."""
         server.cause = cause
         if down and server.down_since is None:
             server.down_since = time.monotonic()
-        longest = self.timeouts.longest_backoff_s
-        wait = min(longest, self.timeouts.backoff_s * 2 ** min(server.failures, 30))
         digest = hashlib.blake2b(f"{self._nonce} {server.url} {server.failures}".encode(), digest_size=4).digest()
-        wait = max(wait * (0.5 + int.from_bytes(digest) / 2**33), min(after_s, longest))
+        wait = self.timeouts.pause_s(server.failures, int.from_bytes(digest) / 2**32, after_s)
         server.failures += 1
         server.until = time.monotonic() + wait
 

@@ -410,13 +410,11 @@ class ServerPool:
         self._dispatch()
 
     def _set_aside(self, server: _Server, cause: str, after_s: float = 0.0, down: bool = True) -> None:
-        """Twice as long each time, and from half to all of that, so that clients do not come back together."""
+        """For a while, as `Timeouts.pause_s` says."""
         server.cause = cause
         if down and server.down_since is None:
             server.down_since = time.monotonic()
-        longest = self._timeouts.longest_backoff_s
-        wait = min(longest, self._timeouts.backoff_s * 2 ** min(server.failures, 30))
-        wait = max(wait * (0.5 + 0.5 * self._jitter(server)), min(after_s, longest))
+        wait = self._timeouts.pause_s(server.failures, self._jitter(server), after_s)
         server.failures += 1
         server.until = time.monotonic() + wait
         asyncio.get_running_loop().call_later(wait, self._dispatch)

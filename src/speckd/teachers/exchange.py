@@ -45,6 +45,12 @@ class Timeouts:
         if wrong:
             raise ConfigError(f"{wrong[0]} of the teacher's servers is {getattr(self, wrong[0])}", "Give seconds above 0")
 
+    def pause_s(self, failures: int, share: float, at_least: float) -> float:
+        """How long to leave a server alone: twice as long each time, and from half (`share` 0) to all of that (1), so that
+        clients do not come back together; `at_least` what it asked for itself, up to the longest."""
+        wait = min(self.longest_backoff_s, self.backoff_s * 2 ** min(failures, 30))
+        return max(wait * (0.5 + 0.5 * share), min(at_least, self.longest_backoff_s))
+
 
 class Unreachable(Exception):
     """Nothing was asked: the server cannot be reached, or is busy. `after_s`: when it asks to be tried again."""
