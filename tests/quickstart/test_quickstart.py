@@ -161,9 +161,10 @@ def test_workers_end_at_once_where_something_fails() -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert time.monotonic() - began < 60
-    for process in multiprocessing.active_children():
-        process.join(30)
-    assert not multiprocessing.active_children()
+    # The pool's own thread waits for the same process, and for an instant only that thread knows that it ended.
+    while (left := multiprocessing.active_children()) and time.monotonic() - began < 60:
+        time.sleep(0.05)
+    assert not left
 
 
 def test_a_short_quickstart_leaves_table_curves_and_students(tmp_path, monkeypatch, capsys) -> None:
