@@ -56,6 +56,11 @@ def share_of(counted: Tensor, group: Tensor, prior: Tensor, prior_tokens: float)
     return (found + prior_tokens * prior) / (rows + prior_tokens)
 
 
+def sharpened(share: Tensor) -> Tensor:
+    """The odds squared: who is better is better, by however little, and gets more than in proportion."""
+    return share**2 / (share**2 + (1 - share) ** 2)
+
+
 @dataclass(frozen=True)
 class Trust:
     """Weight `min(1, π/(1 − π)·p(y)/q(y))`, with the trust π in the teacher learned from the batch: a `BatchGate`.
@@ -80,7 +85,9 @@ class Trust:
     @property
     def notation(self) -> str:
         scope = "sequence" if self.per_sequence else "batch"
-        return f"min(1, π/(1 − π)·p_t(y_t)/q_t(y_t)); π: the {scope}'s share that p does not contradict × explains better than q"
+        return (
+            f"min(1, π/(1 − π)·p_t(y_t)/q_t(y_t)); π: the {scope}'s share that p does not contradict × explains better than q"
+        )
 
     def score(self, rows: Rows) -> Tensor:
         return label_ratio(rows).clamp(max=_LARGEST)
@@ -96,5 +103,5 @@ class Trust:
             groups = int(group.max()) + 1
             upright = share_of(sound, group, upright.expand(groups), self.prior_tokens)
             skilled = most_likely_share(ratio, sound, group, skilled.expand(groups), self.prior_tokens)
-        trust = upright * skilled
+        trust = upright * sharpened(skilled)
         return (trust / (1 - trust))[group].mul(ratio).clamp(max=1).to(scores.dtype)

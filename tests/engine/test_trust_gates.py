@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from speckd.config import GATES, MethodConfig
@@ -34,7 +34,7 @@ def by_hand(ratios: list[float], samples: list[int], prior: float, tokens: float
     for ratio, sample in zip(ratios, samples, strict=True):
         own = [r for r, s in zip(ratios, samples, strict=True) if s == sample]
         upright, skilled = shares(own, whole, tokens) if per_sequence else whole
-        trust = upright * skilled
+        trust = upright * skilled**2 / (skilled**2 + (1 - skilled) ** 2)
         found.append(min(1.0, trust / (1 - trust) * ratio))
     return found
 
@@ -57,7 +57,8 @@ def test_the_weight_is_the_formula(seed: int, per_sequence: bool) -> None:
 def test_at_a_trust_of_a_half_it_is_the_label_ratio() -> None:
     given, reference, _ = batch(1)
     ratio = acceptance(LabelRatio(), given, reference, TOKENS)
-    half = acceptance(Trust(math.sqrt(0.5), 1e9), given, reference, TOKENS)  # the prior drowns the data, and 0.5 is left
+    prior = brentq(lambda s: s * s**2 / (s**2 + (1 - s) ** 2) - 0.5, 0.5, 0.9)  # it drowns the data, and trust is a half
+    half = acceptance(Trust(prior, 1e9), given, reference, TOKENS)
     assert torch.allclose(half, ratio, rtol=1e-5, atol=0)
 
 
