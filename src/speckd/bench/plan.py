@@ -90,8 +90,8 @@ class Method:
 
 @dataclass(frozen=True)
 class Block:
-    """A full product of factors, for some seeds. `budget`: "steps" or "compute", see `Plan.steps_of`; `learning_rate`: of all its
-    runs, instead of a tuned one."""
+    """A full product of factors, for some seeds. `budget`: "steps" or "compute", see `Plan.steps_of`; `learning_rate`: of all
+    its runs, instead of a tuned one."""
 
     name: str
     starts: tuple[str, ...]
