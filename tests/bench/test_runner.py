@@ -1,14 +1,13 @@
 """A benchmark end to end on the smallest plan: killed and gone on with, honest tables, and each condition what it says."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -54,16 +53,26 @@ def outcomes(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+def running_still(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
 def test_a_killed_benchmark_goes_on_to_the_same_results(tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.yaml", tmp_path / "out"
     plan.write_text(yaml.safe_dump(PLAN))
     command = [sys.executable, "-m", "speckd", "bench", str(plan), "--output_dir", str(out), "--workers", "1"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    until = time.monotonic() + 120
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 200
     while len(list((out / "runs").glob("[0-9a-f]*.json"))) < 3 and running.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGKILL)
+    workers = psutil.Process(running.pid).children(recursive=True)
+    running.kill()
     running.wait()
+    until = time.monotonic() + 60
+    while running_still(workers) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert workers
+    assert not running_still(workers)  # they end with their parent
     kept = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("[0-9a-f]*.json")}
     assert 3 <= len(kept) < 10 and not (out / "results.jsonl").exists()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0

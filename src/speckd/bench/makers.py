@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -285,3 +286,4 @@ def _publish(path: Path) -> None:
     except OSError:  # a folder that is there already
         if not path.exists():
             raise
+        shutil.rmtree(mine)

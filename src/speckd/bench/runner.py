@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
+from threading import Thread
 from typing import Any
 
 import torch
@@ -110,10 +112,18 @@ def _starts(runs: Iterable[Run]) -> list[Run]:
 # ---- in a worker -------------------------------------------------------------------------------------------------------------
 
 
-def _begin() -> None:
+def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     quiet_loading()
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed tells nobody: what its workers still had to do would go on behind its back."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(stage: str, run: Run, made: Path, path: Path) -> dict[str, Any]:
@@ -150,7 +160,7 @@ class _Pool:
             left.unlink()
 
     def __enter__(self) -> "_Pool":
-        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin)
+        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
