@@ -78,7 +78,7 @@ def bounds(results: dict[str, Any], path: Path) -> None:
         row[0].set_ylabel("TAR of Spec-1, 1 − TV")
     for axis in grid[-1]:
         axis.set_xlabel("D(p, q), nats")
-    _save(figure, path)
+    _save(figure, path, dpi=75)
 
 
 def escape(results: dict[str, Any], path: Path) -> None:
@@ -158,7 +158,14 @@ def smoothness(results: dict[str, Any], path: Path) -> None:
         color, style, marker = [*LOOKS, (BLACK, "-.", "x")][place % 7]
         style = style if place < 7 else (0, (1, 1))
         axes[1].plot(
-            curves["scales"], curves[name]["all"], color=color, linestyle=style, marker=marker, label=_words(name), markersize=5
+            curves["scales"],
+            curves[name]["all"],
+            color=color,
+            linestyle=style,
+            marker=marker,
+            label=_words(name),
+            markersize=5,
+            markerfacecolor=color if place < 7 else "white",
         )
     axes[1].set(
         xscale="log",
