@@ -40,6 +40,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "variance": variance.study,
     "variance_example": variance.example,
     "sharpness": smoothness.sharpness,
+    "masked_curvature": smoothness.masked_curvature,
     "jumps": smoothness.jumps,
     "kinks": smoothness.kinks,
     "line": smoothness.line,

@@ -97,7 +97,7 @@ def label_gradient(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 HEIGHTS = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
 
 
-def escape(length: int = 2_000, size: float = 0.5) -> dict[str, Any]:
+def escape(length: int = 2_000, size: float = 0.5, only: tuple[str, ...] = ()) -> dict[str, Any]:
     """A student sure of a wrong token, by how sure (its logit above the others): steps until Top-1 accepts; `length`: never."""
     teacher = torch.tensor([[0.7, 0.1, 0.1, 0.1]], dtype=torch.float64).log().expand(len(HEIGHTS), -1)
     start = torch.zeros(len(HEIGHTS), 4, dtype=torch.float64)
@@ -109,7 +109,7 @@ def escape(length: int = 2_000, size: float = 0.5) -> dict[str, Any]:
         "forward_kl, Top-1 mask": Objective(TopK(1), Mask(), forward_kl),
     }
     found: dict[str, Any] = {"heights": list(HEIGHTS), "cap": length}
-    for name, objective in cases.items():
+    for name, objective in ((name, own) for name, own in cases.items() if not only or name in only):
         z, first = start.clone(), torch.full((len(start),), length)
         for step in range(length):
             verdict = TopK(1)(rows_of(z, teacher)) > 0

@@ -157,16 +157,9 @@ def smoothness(results: dict[str, Any], path: Path) -> None:
     for place, name in enumerate(names):
         color, style, marker = [*LOOKS, (BLACK, "-.", "x")][place % 7]
         style = style if place < 7 else (0, (1, 1))
-        axes[1].plot(
-            curves["scales"],
-            curves[name]["all"],
-            color=color,
-            linestyle=style,
-            marker=marker,
-            label=_words(name),
-            markersize=5,
-            markerfacecolor=color if place < 7 else "white",
-        )
+        face = color if place < 7 else "white"
+        look = {"color": color, "linestyle": style, "marker": marker, "markersize": 5, "markerfacecolor": face}
+        axes[1].plot(curves["scales"], curves[name]["all"], label=_words(name), **look)
     axes[1].set(
         xscale="log",
         yscale="log",

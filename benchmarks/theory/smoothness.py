@@ -3,7 +3,17 @@
 from typing import Any
 
 import torch
-from benchmarks.theory.model import DIVERGENCES, distributions, generator, look, rows_of, settled, slopes, values
+from benchmarks.theory.model import (
+    DIVERGENCES,
+    distributions,
+    generator,
+    linear_problems,
+    look,
+    rows_of,
+    settled,
+    slopes,
+    values,
+)
 from benchmarks.theory.monotone import tied
 from torch import Tensor
 
@@ -14,15 +24,17 @@ from speckd.policies import DownWeight, Mask
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
-def curvature(divergence: Any, student: Tensor, teacher: Tensor) -> Tensor:
-    """The largest eigenvalue by magnitude of ∂²D/∂z² of each row, [N], exact; constants of a divergence stay constants."""
+def hessians(divergence: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    """∂²D/∂z² of each row, [N, V, V], exact; what a divergence holds constant stays constant, so it need not be symmetric."""
     z = student.detach().requires_grad_()
     own = settled(divergence, z, teacher)(z.log_softmax(-1), teacher.log_softmax(-1))
     (slope,) = torch.autograd.grad(own.sum(), z, create_graph=True)
-    rows = [torch.autograd.grad(slope[:, v].sum(), z, retain_graph=True)[0] for v in range(z.shape[-1])]
-    hessian = torch.stack(rows, 1)
-    # What a divergence holds constant (ToDi's shares) makes the field no gradient: singular values bound its steepness, too.
-    return torch.linalg.matrix_norm(hessian, 2)
+    return torch.stack([torch.autograd.grad(slope[:, v].sum(), z, retain_graph=True)[0] for v in range(z.shape[-1])], 1)
+
+
+def curvature(divergence: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    """The largest singular value of each row's second derivative, [N]: how steep the gradient's field is."""
+    return torch.linalg.matrix_norm(hessians(divergence, student, teacher), 2)
 
 
 def sharpness(rows: int = 3_000, vocabulary: int = 6) -> dict[str, Any]:
@@ -42,6 +54,33 @@ def sharpness(rows: int = 3_000, vocabulary: int = 6) -> dict[str, Any]:
             slope.append(float(slopes(divergence, student, teacher).norm(dim=-1).max()))
             height.append(float(values(divergence, student, teacher).max()))
         found[name] = {"all": every, "accepted": accepted, "gradient": slope, "value": height}
+    return found
+
+
+def masked_curvature(problems: int = 100) -> dict[str, Any]:
+    """Linear students, Top-1 mask, verdicts held fixed: the loss's largest curvature over that of the ungated loss.
+
+    `ratio`, `accepted`: medians over problems where something is accepted, of that and of the share accepted; `steeper`: the
+    share of problems where the mask raises it; `indefinite`: where the ungated loss is not convex at that point.
+    """
+    problem = linear_problems(problems, contexts=6, width=2, vocabulary=4, seed=80)
+    student = problem.logits(torch.randn(problems, 2, 4, generator=generator(81), dtype=torch.float64))
+    kept = TopK(1)(rows_of(student, problem.teacher)).view(problems, 6)
+    some = kept.sum(-1) > 0
+    found: dict[str, Any] = {}
+    for name, divergence in DIVERGENCES.items():
+        hessian = hessians(divergence, student, problem.teacher).view(problems, 6, 4, 4)
+        whole, masked = (
+            torch.einsum("pc,pci,pcj,pcab->piajb", weight, problem.features, problem.features, hessian).reshape(problems, 8, 8)
+            for weight in (torch.ones_like(kept), kept)
+        )
+        plain, gated = (torch.linalg.matrix_norm(each, 2) for each in (whole, masked))
+        found[name] = {
+            "ratio": float((gated / plain)[some].median()),
+            "accepted": float(kept.mean(-1)[some].median()),
+            "steeper": float((gated > plain + 1e-12).double().mean()),
+            "indefinite": float((torch.linalg.eigvalsh((whole + whole.mT) / 2)[:, 0] < -1e-9).double().mean()),
+        }
     return found
 
 

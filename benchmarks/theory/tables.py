@@ -156,6 +156,7 @@ def smoothness(results: dict[str, Any]) -> str:
             f"{curve['accepted'][5]:.2f}",
             f"{curve['gradient'][5]:.2f}",
         ]
+        cells += [f"{results['masked_curvature'][name]['ratio']:.2f}", _percent(results["masked_curvature"][name]["steeper"])]
         rows.append([f"`{name}`", *cells])
     heading = [
         "jump at a flip, median",
@@ -166,6 +167,8 @@ def smoothness(results: dict[str, Any]) -> str:
         "scale 32",
         "scale 32, accepted",
         "gradient norm, scale 32",
+        "masked ÷ ungated",
+        "steeper in",
     ]
     return _table(["divergence", *heading], rows)
 

@@ -1,4 +1,4 @@
-"""docs/theory.md, held: its bounds on random pairs, its counterexamples by their own numbers, its proofs where they can be counted."""
+"""docs/theory.md, held: its bounds on random pairs, its counterexamples by their numbers, its proofs where countable."""
 
 import itertools
 
@@ -7,6 +7,7 @@ import torch
 from benchmarks.theory import bounds, convergence, monotone, smoothness, variance
 from benchmarks.theory.model import (
     DIVERGENCES,
+    GATES,
     Linear,
     acceptance,
     distance,
@@ -180,13 +181,13 @@ def test_masked_descent_keeps_its_rate_exactly() -> None:
 
 
 def test_labels_of_a_good_teacher_end_starvation_and_wrong_ones_do_not() -> None:
-    found = convergence.label_fallback(rows=60, length=300)
+    found = convergence.label_fallback(rows=40, length=200)
     assert found["labels_of_the_teacher"]["tar_end"] == 1
     assert found["labels_wrong"]["tar_end"] == found["tar_start"] < 1
 
 
 def test_a_sure_student_escapes_forward_kl_in_linear_and_reverse_kl_in_exponential_time() -> None:
-    found = convergence.escape(length=300)
+    found = convergence.escape(length=300, only=("forward_kl", "reverse_kl", "forward_kl, Top-1 mask"))
     assert found["forward_kl"][-1] < 20
     assert found["reverse_kl"][4] > 4 * found["reverse_kl"][3] > 12 * found["reverse_kl"][2] / 4
     assert found["forward_kl, Top-1 mask"][-1] == 300
@@ -249,6 +250,14 @@ def test_curvature_is_bounded_for_forward_kl_and_not_for_reverse_kl() -> None:
         assert max(found[name]["all"]) < 1
 
 
+def test_a_mask_flattens_forward_kl_as_a_smaller_step_would() -> None:
+    """Fewer terms of a sum of positive matrices: never steeper, and about as flat as the share that is kept."""
+    found = smoothness.masked_curvature(problems=60)
+    assert found["forward_kl"]["steeper"] == 0
+    assert found["forward_kl"]["ratio"] == pytest.approx(found["forward_kl"]["accepted"], abs=0.1)
+    assert found["reverse_kl"]["steeper"] > 0
+
+
 @EACH
 def test_the_masked_loss_jumps_by_the_whole_divergence_where_a_verdict_flips(name: str) -> None:
     found = smoothness.jumps(rows=500)[name]
@@ -262,8 +271,6 @@ def test_the_study_sees_the_gates_that_the_package_ships() -> None:
     source = generator(12)
     student, teacher = distributions(30, 5, source), distributions(30, 5, source)
     p, q = teacher.softmax(-1), student.softmax(-1)
-    from benchmarks.theory.model import GATES
-
     assert torch.allclose(acceptance(GATES["label_ratio"], student, teacher), (p * (p / q).clamp(max=1)).sum(-1))
     plain = look(Objective(NoGate(), Mask(), forward_kl), student, teacher)
     assert torch.allclose(plain.gradient, q - p, atol=1e-12)
