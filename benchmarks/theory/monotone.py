@@ -33,6 +33,12 @@ def speculative_rate(divergence: Any, student: Tensor, teacher: Tensor) -> Tenso
     return -0.5 * (torch.sign(q - p) * moved).sum(-1)
 
 
+def natural_rate(divergence: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    """The same along the natural gradient, which divides ∂D/∂z by q (Fisher's matrix of a softmax is diag(q) − qq^T), [N]."""
+    q, p, slope = student.softmax(-1), teacher.softmax(-1), slopes(divergence, student, teacher)
+    return 0.5 * (torch.sign(q - p) * slope).sum(-1)
+
+
 def label_rate(divergence: Any, student: Tensor, teacher: Tensor) -> Tensor:
     """The same of the label ratio's acceptance, E_{y~p} min(1, p(y)/q(y)), [N]."""
     q, p, velocity = student.softmax(-1), teacher.softmax(-1), -slopes(divergence, student, teacher)
@@ -69,6 +75,7 @@ def flow(rows: int = 60_000) -> dict[str, Any]:
             rates = {
                 "top_k": top_k_rate(divergence, rows, vocabulary, vocabulary),
                 "spec_1": speculative_rate(divergence, student, teacher),
+                "spec_1_natural": natural_rate(divergence, student, teacher),
                 "label_ratio": label_rate(divergence, student, teacher),
             }
             own[str(vocabulary)] = {

@@ -13,11 +13,21 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %" if 0 < value < 0.1 else f"{100 * value:.0f} %"
 
 
+#: Gates as the variance table calls them.
+NAMES = {
+    "top_1": "Top-1",
+    "random_at_top_1s_rate": "random, Top-1's rate",
+    "spec_1": "Spec-1, drawn",
+    "expected_spec_1": "Spec-1, expected",
+    "label_ratio": "label ratio",
+}
+
+
 def flow(results: dict[str, Any]) -> str:
     """Share of random pairs over 8 tokens at which acceptance falls along the flow; of Top-k, of random ties."""
     rows = []
     for name, own in results["flow"].items():
-        cells = [own["8"][measure] for measure in ("top_k", "spec_1", "label_ratio")]
+        cells = [own["8"][measure] for measure in ("top_k", "spec_1", "spec_1_natural", "label_ratio")]
         rows.append(
             [
                 f"`{name}`",
@@ -26,7 +36,14 @@ def flow(results: dict[str, Any]) -> str:
             ]
         )
     return _table(
-        ["divergence", "Top-k: a verdict is lost", "Spec-1: falls", "label ratio: falls", "Spec-1: steepest, a unit of time"],
+        [
+            "divergence",
+            "Top-k: a verdict is lost",
+            "Spec-1: falls",
+            "Spec-1, natural gradient: falls",
+            "label ratio: falls",
+            "Spec-1: steepest, a unit of time",
+        ],
         rows,
     )
 
@@ -134,7 +151,7 @@ def variance(results: dict[str, Any]) -> str:
                 rows.append(
                     [
                         place,
-                        gate.replace("_", " "),
+                        NAMES[gate],
                         normalizer,
                         f"{v['variance']:.2f} ({_percent(v['lower_variance'])})",
                         f"{v['relative']:.2f} ({_percent(v['lower_relative'])})",

@@ -109,6 +109,14 @@ def test_tabular_flow_never_lowers_specs_acceptance(name: str) -> None:
         assert monotone.speculative_rate(DIVERGENCES[name], student, teacher).min() > -1e-12
 
 
+@pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"alpha_beta"}))
+def test_the_natural_gradient_never_lowers_specs_acceptance(name: str) -> None:
+    """Of a function of q/p alone that is convex, and of what mixes such by one share a row; ABKD's is no such function."""
+    source = generator(13)
+    student, teacher = distributions(4_000, 8, source), distributions(4_000, 8, source)
+    assert monotone.natural_rate(DIVERGENCES[name], student, teacher).min() > -1e-9
+
+
 @pytest.mark.parametrize(
     ("name", "student", "teacher"),
     [
