@@ -28,6 +28,7 @@ class TaskOptions:
     prompt_column: str | None = _option(None, "the column that asks, where it has another name than is known")
     reference_column: str | None = _option(None, "the column with the answer, likewise")
     prompt_template: str | None = _option(None, "the prompt, with columns in braces: 'Q: {question}\\nA:'")
+    prompt_words: int | None = _option(None, "of rows of text: so many words are the prompt, the rest is the reference", 1)
     few_shot: int = _option(0, "solved examples before each prompt", 0)
     few_shot_data: str | None = _option(None, "the file with the solved examples: its first rows are taken")
     apply_chat_template: bool | None = _option(None, "as a user's turn (messages always are)")

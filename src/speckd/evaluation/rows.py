@@ -116,6 +116,8 @@ def _row(where: str, number: int, fields: Mapping[str, Any], task: TaskOptions) 
         if wanted is not None and wanted not in fields:
             raise DataError(f"{where}: no column '{wanted}' ({key})", f"There is: {', '.join(fields)}")
     prompt, reference = _shape(fields)
+    if task.prompt_words is not None:
+        prompt, reference = _begun(where, fields, task.prompt_words)
     if task.prompt_template is not None:
         prompt = formatted(task.prompt_template, fields, where)
     elif task.prompt_column is not None:
@@ -131,6 +133,14 @@ def _row(where: str, number: int, fields: Mapping[str, Any], task: TaskOptions) 
     if reference is not None and not isinstance(reference, str):
         reference = str(reference)
     return Row(number, prompt, reference, fields)
+
+
+def _begun(where: str, fields: Mapping[str, Any], words: int) -> tuple[str, str]:
+    text = fields.get("text")
+    begin = None if not isinstance(text, str) else re.match(rf"\s*\S+(?:\s+\S+){{{words - 1}}}(?=\s)", text)
+    if begin is None:
+        raise DataError(f"{where}: no text of more than {words} words (prompt_words)", "Lower it, or remove that row")
+    return begin[0], begin.string[begin.end() :]
 
 
 def _require_prompt(where: str, prompt: Any) -> None:

@@ -16,7 +16,7 @@ def show(results: Mapping[str, Any]) -> None:
         for number, (name, metric) in enumerate(found["metrics"].items()):
             row = (name, digits(metric["value"]), bounds(metric), str(metric["n"]), metric["of"])
             table.add_row(task if number == 0 else "", *row, end_section=number == len(found["metrics"]) - 1)
-    console = Console()
+    console = _console()
     console.print(table)
     for task, found in results["tasks"].items():
         console.print(f"{task}: " + ", ".join(f"{count:,} {name}" for name, count in found["counts"].items()))
@@ -30,7 +30,13 @@ def show_comparison(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         values = (digits(row[name]) for name in ("first", "second", "difference"))
         table.add_row(row["task"], row["metric"], *values, bounds(row), str(row["n"]))
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """In a file or a pipe nothing says how wide a line may be."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def digits(number: float | None) -> str:

@@ -10,7 +10,10 @@ from speckd.evaluation.statistics import Metric
 
 #: Options of whoever makes a prompt of a row.
 PROMPT_OPTIONS = frozenset(
-    {"prompt_column", "reference_column", "prompt_template", "few_shot", "few_shot_data", "apply_chat_template"}
+    {
+        *("prompt_column", "reference_column", "prompt_template", "prompt_words"),
+        *("few_shot", "few_shot_data", "apply_chat_template"),
+    }
 )
 #: And of whoever has it answered.
 ANSWER_OPTIONS = PROMPT_OPTIONS | {
