@@ -38,7 +38,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "length_constraints:nth_paragraph_first_word",
         {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
-        ["First this.\n\nThen, that.", "a\n\n\"Then\" b"],
+        ["First this.\n\nThen, that.", 'a\n\n"Then" b'],
         ["Then.\n\nthis", "a\n\nthen\n\nb", "then"],
     ),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, ["[name], [place]"], ["[name]", "(a) (b)"]),
@@ -50,7 +50,12 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         ["* a\n* b", "- a\n  - b"],
         ["* a", "* a\n* b\n* c", "**a**\n**b**"],
     ),
-    ("detectable_format:constrained_response", {}, ["My answer is yes.", "Well: My answer is maybe."], ["Yes.", "My answer is"]),
+    (
+        "detectable_format:constrained_response",
+        {},
+        ["My answer is yes.", "Well: My answer is maybe."],
+        ["Yes.", "My answer is"],
+    ),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, ["*a* and *b*", "**a** x *b*"], ["*a*", "* * *"]),
     (
         "detectable_format:multiple_sections",
@@ -60,7 +65,12 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ),
     ("detectable_format:json_format", {}, ['{"a": [1]}', '```json\n{"a": 1}\n```', "```\n[1]\n```"], ["{a: 1}", "Sure: {}"]),
     ("detectable_format:title", {}, ["<<A day>>\nIt was."], ["<A day>", "<< >>", "<<a\nb>>"]),
-    ("combination:two_responses", {}, ["a\n******\nb", "******a******b"], ["a", "a******a", "a****** ******b", "a******b******c"]),
+    (
+        "combination:two_responses",
+        {},
+        ["a\n******\nb", "******a******b"],
+        ["a", "a******a", "a****** ******b", "a******b******c"],
+    ),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Say hi."}, ["say HI. Hi!"], ["Sure. Say hi.", "hi"]),
     ("startend:end_checker", {"end_phrase": "That is all."}, ['So. That is all."', "THAT IS ALL. "], ["That is all. Bye"]),
     ("startend:quotation", {}, ['"a"', ' "a b" '], ['"a', '"', "'a'"]),
@@ -95,7 +105,9 @@ def test_what_follows_an_instruction(name: str, options: dict[str, Any], right: 
 def test_ifevals_own_checkers_say_the_same(name: str, options: dict[str, Any], right: list[str], wrong: list[str]) -> None:
     from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
 
-    if name in ("length_constraints:number_sentences", "change_case:capital_word_frequency") or name.startswith("change_case:e"):
+    if name in ("length_constraints:number_sentences", "change_case:capital_word_frequency") or name.startswith(
+        "change_case:e"
+    ):
         pytest.skip(f"{name} needs a download, or guesses a language: NOT compared")
     if options.get("keyword") == "c.t":
         pytest.skip("theirs takes a keyword for a pattern: NOT compared")

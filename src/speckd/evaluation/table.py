@@ -9,7 +9,7 @@ from rich.table import Table
 
 def show(results: Mapping[str, Any]) -> None:
     """One table for all tasks of an evaluation."""
-    table = Table(title=f"{results['model']['path']}: 95 % intervals by bootstrap over examples", title_justify="left")
+    table = Table()
     for name in ("task", "metric", "value", "interval", "n", "of"):
         table.add_column(name, justify="right" if name in ("value", "n") else "left", overflow="fold")
     for task, found in results["tasks"].items():
@@ -17,6 +17,7 @@ def show(results: Mapping[str, Any]) -> None:
             row = (name, digits(metric["value"]), bounds(metric), str(metric["n"]), metric["of"])
             table.add_row(task if number == 0 else "", *row, end_section=number == len(found["metrics"]) - 1)
     console = _console()
+    console.print(f"{results['model']['path']}; 95 % intervals by bootstrap over examples", soft_wrap=True, highlight=False)
     console.print(table)
     for task, found in results["tasks"].items():
         console.print(f"{task}: " + ", ".join(f"{count:,} {name}" for name, count in found["counts"].items()))
