@@ -27,6 +27,8 @@ GLOBAL_DRAWS = {
 #: Submodules that Transformers documents for use.
 DOCUMENTED = {"transformers.trainer_utils", "transformers.utils"}
 PRIVATE_HOME = PACKAGE / "trl_internals.py"
+#: Runs in the box only, where it is what starts a program; nothing imports it to call it.
+INSIDE = PACKAGE / "box" / "inside.py"
 
 
 def dotted(node: ast.AST) -> str:
@@ -109,7 +111,8 @@ def named(path: Path) -> str:
 
 @pytest.mark.parametrize("path", modules(), ids=named)
 def test_nothing_dangerous(path: Path) -> None:
-    assert not list(dangers(read(path)))
+    found = list(dangers(read(path)))
+    assert not found if path != INSIDE else {what.split(": ")[1] for what in found} == {"calls eval", "calls exec"}
 
 
 @pytest.mark.parametrize("path", [p for p in modules() if p != PRIVATE_HOME], ids=named)
