@@ -110,7 +110,7 @@ def test_it_is_what_lm_eval_extracts_and_compares() -> None:
         for reference in ("#### 42", "7", "#### 1,234", "#### 18"):
             scores, _ = score(Row(0, "?", reference, {}), output)
             for name, each in filters.items():
-                found = list(each.apply([[output]], [{}]))[0][0]
+                found = next(iter(each.apply([[output]], [{}])))[0]
                 wanted = exact_match_hf_evaluate([found], [reference], ignored, ignore_case=True)["exact_match"]
                 assert scores[name] == bool(wanted), (name, output, reference)
 

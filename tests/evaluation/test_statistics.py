@@ -24,7 +24,7 @@ def test_of_a_mean_it_is_scipys_own_percentile_interval() -> None:
 
 
 def test_about_95_of_a_hundred_intervals_hold_the_truth() -> None:
-    """Of a ratio of sums, as τ is: tokens 1 to 6 a call, calls of uneven number. Binomial(200, 0.95) is below 178 once in 1,000."""
+    """Of a ratio of sums, as τ is: 1 to 6 tokens a call, uneven calls. Binomial(200, 0.95) is below 178 once in 1,000."""
     rng = np.random.default_rng(1)
     held = 0
     for seed in range(200):

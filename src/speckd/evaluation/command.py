@@ -166,11 +166,14 @@ def _device(device: torch.device) -> str:
 
 def _result(work: Work, lines: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     examples = list(columns(lines).values())
+    counts = work.task.counts(lines)
+    if counts.get("without_room"):
+        logger.warning("%s: %d prompts fill all positions of the model: no answer.", work.name, counts["without_room"])
     return {
         "kind": work.options.kind,
         "data": {"file": str(work.file.path), "sha256": work.file.sha256, "rows": work.file.rows},
         "options": _spoken(work.options),
         "n": len(examples),
         "metrics": {metric.name: summary(metric, examples, seed) for metric in work.task.metrics(lines)},
-        "counts": work.task.counts(lines),
+        "counts": counts,
     }

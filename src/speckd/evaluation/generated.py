@@ -21,6 +21,7 @@ class Generated:
         score: (row, completion) -> what is recorded of it: numbers, and under other names what explains them.
         measures: the metrics.
         require: raises where a row cannot be judged, before anything is generated.
+        also: counts beside those of all answers.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Generated:
     score: Callable[[Row, str], tuple[dict[str, Any], dict[str, Any]]]
     measures: Sequence[Metric]
     require: Callable[[Row], None]
+    also: Callable[[Sequence[Mapping[str, Any]]], dict[str, int]] = lambda lines: {}
     needs_teacher: bool = False
     _answerer: Answerer | None = None
 
@@ -52,12 +54,14 @@ class Generated:
         return self.measures
 
     def counts(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-        """Answers that were cut off at the limit, and that say nothing."""
+        """Answers that were cut off at the limit, that say nothing, and whose prompt fills all of the model's positions."""
         return {
             "completions": len(lines),
             "tokens": sum(line["tokens"] for line in lines),
             "truncated": sum(line["truncated"] for line in lines),
             "empty": sum(not line["completion"].strip() for line in lines),
+            "without_room": sum(not line["tokens"] for line in lines),
+            **self.also(lines),
         }
 
 

@@ -63,7 +63,7 @@ class Options:
     device: str | None = _option(None, "such as cuda or cpu; by default a GPU where there is one")
     trust_remote_code: bool = _option(False, "run code that comes with the model")
     apply_chat_template: bool | None = _option(None, "for all tasks that do not say otherwise")
-    run_programs_without_a_box: bool = _option(False, "run what the model wrote with your own rights: no box, no protection")
+    i_accept_unsandboxed_code: bool = _option(False, "run the model's programs with your own rights where no box can be had")
     tasks: tuple[tuple[str, TaskOptions], ...] = ()
 
     def of_task(self, task: TaskOptions) -> TaskOptions:
@@ -153,8 +153,8 @@ def _require_sound(options: Options) -> None:
         raise ConfigError("output_dir is not set", "Say where the answers go: --output_dir FOLDER")
     if options.dtype not in _DTYPES:
         raise ConfigError(f"dtype is '{options.dtype}'", nearest(options.dtype, list(_DTYPES)))
-    if options.run_programs_without_a_box and not any(task.kind == "code" for _, task in options.tasks):
-        raise ConfigError("run_programs_without_a_box is set, but there is no task of kind code", "Remove it")
+    if options.i_accept_unsandboxed_code and not any(task.kind == "code" for _, task in options.tasks):
+        raise ConfigError("i_accept_unsandboxed_code is set, but there is no task of kind code", "Remove it")
 
 
 def _require_known(where: str, values: Mapping[str, Any], known: list[str]) -> None:
@@ -176,6 +176,8 @@ def _of_type(spec: Any, value: Any, where: str) -> Any:
     if typing.get_origin(kind) is tuple:
         of_one = dataclasses.make_dataclass("One", [("type", Any), ("metadata", Any)])(typing.get_args(kind)[0], spec.metadata)
         return tuple(_of_type(of_one, each, where) for each in (value if isinstance(value, list) else [value]))
+    if kind is int and isinstance(value, str) and value.isdecimal():  # one of several on the command line
+        value = int(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is float and isinstance(value, str):  # YAML reads 1e-1 as a text

@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from speckd.box import problem_prompt
 from speckd.data import read_file
 from speckd.errors import ConfigError, DataError
 from speckd.evaluation.options import TaskOptions
@@ -115,7 +116,10 @@ def _row(where: str, number: int, fields: Mapping[str, Any], task: TaskOptions) 
         wanted = getattr(task, key)
         if wanted is not None and wanted not in fields:
             raise DataError(f"{where}: no column '{wanted}' ({key})", f"There is: {', '.join(fields)}")
-    prompt, reference = _shape(fields)
+    try:
+        prompt, reference = _shape(fields)
+    except DataError as error:
+        raise DataError(f"{where}: {error.what}", error.fix) from None
     if task.prompt_words is not None:
         prompt, reference = _begun(where, fields, task.prompt_words)
     if task.prompt_template is not None:
@@ -159,6 +163,10 @@ def _shape(fields: Mapping[str, Any]) -> tuple[Any, Any]:
     reference = next((fields[name] for name in _REFERENCES if name in fields), None)
     if isinstance(reference, list) and reference and isinstance(reference[-1], dict):
         reference = reference[-1].get("content")
+    if "test_list" in fields:  # MBPP
+        return problem_prompt(fields), str(fields.get("code", "")).replace("\r\n", "\n") + "\n[DONE]"
+    if {"prompt", "entry_point", "test"} <= fields.keys():  # HumanEval
+        return fields["prompt"], fields.get("canonical_solution")
     if "prompt" in fields:
         return fields["prompt"], reference
     if "question" in fields:

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
+from speckd.box import pass_at_k
+
 Array: TypeAlias = NDArray[np.float64]
 #: One example's numbers by column; a column that an example lacks is one that it has no part in.
 Columns: TypeAlias = Mapping[str, float]
@@ -22,7 +24,7 @@ _HELD = 2**22
 @dataclass(frozen=True)
 class Metric:
     """How one number comes about. `statistic`: a name in `STATISTICS`; `columns`: what it is made of; `of`: what it divides by,
-    in words; `k`: of pass@k."""
+    in words; `k`: of pass@k, whose columns, how many passed of how many, become an estimate for each example."""
 
     name: str
     columns: tuple[str, ...]
@@ -33,7 +35,10 @@ class Metric:
     def matrix(self, examples: Sequence[Columns]) -> Array:
         """[n, columns] of the examples that have them all."""
         having = [example for example in examples if all(name in example for name in self.columns)]
-        return np.array([[float(example[name]) for name in self.columns] for example in having]).reshape(-1, len(self.columns))
+        numbers = [[float(example[name]) for name in self.columns] for example in having]
+        if self.k is not None:
+            numbers = [[pass_at_k(round(all_of_it), round(passed), self.k), 1.0] for passed, all_of_it in numbers]
+        return np.array(numbers).reshape(-1, len(self.columns))
 
 
 def ratio(sums: Array) -> Array:
