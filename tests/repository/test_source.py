@@ -61,7 +61,8 @@ def dangers(tree: ast.AST) -> Iterator[str]:
             if name == "torch.load" and not any(k.arg == "weights_only" for k in node.keywords):
                 yield f"line {node.lineno}: torch.load without weights_only"
         elif isinstance(node, ast.AnnAssign) and dotted(node.target) == "trust_remote_code":
-            yield f"line {node.lineno}: a default for trust_remote_code"
+            if not any(isinstance(part, ast.Constant) and part.value is False for part in ast.walk(node)):
+                yield f"line {node.lineno}: a default for trust_remote_code"
         elif isinstance(node, ast.arguments):
             defaults = zip(node.args[::-1] + node.kwonlyargs[::-1], node.defaults[::-1] + node.kw_defaults[::-1], strict=False)
             if any(a.arg == "trust_remote_code" and getattr(d, "value", None) is True for a, d in defaults):
@@ -143,6 +144,7 @@ def test_the_core_is_documented(name: str) -> None:
         (dangers, "probs.multinomial(1)"),
         (dangers, "AutoModel.from_pretrained(name, trust_remote_code=True)"),
         (dangers, "def f(name, trust_remote_code=True): ..."),
+        (dangers, "class A:\n    trust_remote_code: bool = True"),
         (private_imports, "from trl.trainer.sft_trainer import x"),
         (private_imports, "from transformers import _private"),
         (private_imports, "import transformers.modeling_utils"),
