@@ -112,7 +112,9 @@ def _mbpp(row: Mapping[str, Any], name: str, challenge: bool) -> Problem:
     tests = tuple(statement for test in [*shown, *hidden] for statement in ast.parse(test).body)
     setup = str(row.get("test_setup_code") or "").replace("\r\n", "\n")
     imports = "".join(f"{line}\n" for line in row.get("test_imports") or [])
-    task = str(row.get("text") or row["prompt"]).strip()
+    task = str(row.get("text") or row.get("prompt") or "").strip()
+    if not task:
+        raise DataError(f"Task {name} has neither `text` nor `prompt`", "Give rows of MBPP's shape.")
     reference = str(row.get("code") or "").replace("\r\n", "\n")
     return Problem(
         name=name,
