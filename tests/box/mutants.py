@@ -4,6 +4,8 @@ import ast
 import copy
 from collections.abc import Iterator
 
+from speckd.box.parsing import parsed
+
 _OTHER: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
@@ -12,7 +14,7 @@ _OTHER: dict[type[ast.cmpop], type[ast.cmpop]] = {
 
 def mutants(program: str) -> Iterator[tuple[str, str]]:
     """(what was changed, the program) for every constant, comparison and return, in the order of the text."""
-    tree = ast.parse(program.replace("\r\n", "\n"))
+    tree = parsed(program)
     for number, node in enumerate(ast.walk(tree)):
         if isinstance(node, ast.Constant | ast.Compare | ast.Return) and not _is_docstring(tree, node):
             changed = copy.deepcopy(tree)

@@ -14,6 +14,7 @@ from tests.box.mutants import mutants
 
 ALL = bool(os.environ.get("SPECKD_ALL_MBPP"))
 EVERY, MUTANTS = (1, 6) if ALL else (8, 1)
+pytestmark = pytest.mark.timeout(7200 if ALL else 300)
 
 
 @pytest.fixture(scope="module")
