@@ -104,13 +104,24 @@ def test_each_call_has_an_outcome(box: Box, where: type[Box] | type[Unboxed]) ->
 
 
 def test_limits_are_kept(box: Box) -> None:
-    died = box.run("def f():\n    while True: pass", ["f()"])[0]
-    assert died.kind in ("died", "timeout") and (died.kind == "timeout" or "SIGXCPU" in died.detail or "SIGKILL" in died.detail)
-    program = "import resource, os\ndef limits(): return [resource.getrlimit(getattr(resource, 'RLIMIT_' + n)) for n in names]"
-    limits = box.run(program + "\nnames = ['AS', 'FSIZE', 'NOFILE', 'CORE', 'CPU', 'NPROC']", ["limits()"])[0].value
-    assert limits == [(512 << 20,) * 2, (1 << 20,) * 2, (64, 64), (0, 0), (1, 2), (32, 32)]
+    late = box.run("def f():\n    while True: pass", ["f()"])[0]
+    assert late.kind == "timeout"
+    program = (
+        "import resource\ndef limits(): return [resource.getrlimit(getattr(resource, 'RLIMIT_' + n)) for n in names]\n"
+        "names = ['AS', 'FSIZE', 'NOFILE', 'CORE', 'CPU', 'NPROC']\n"
+        "def change(limit): return resource.setrlimit(resource.RLIMIT_CORE, limit)"
+    )
+    limits, *changes = box.run(program, ["limits()", "change((0, 0))", "change((1, 1))", "change((-1, -1))"])
+    assert limits.value == [(512 << 20,) * 2, (1 << 20,) * 2, (64, 64), (1, 1), (1, 2), (32, 32)]
+    assert [change.kind for change in changes] == ["error"] * 3
     with pytest.raises(ConfigError, match="cpu_s is 0"):
         Limits(cpu_s=0)
+
+
+@pytest.mark.parametrize(("signal", "where"), [("SEGV", Box), ("ABRT", Box), ("SEGV", Unboxed)])
+def test_a_crash_is_told(box: Box, signal: str, where: type[Box] | type[Unboxed]) -> None:
+    outcome = where().run("import os, signal", [f"os.kill(os.getpid(), signal.SIG{signal})"])[0]
+    assert (outcome.kind, outcome.detail) == ("died", f"killed by SIG{signal}")
 
 
 def test_the_process_inside_has_no_power(box: Box) -> None:
@@ -203,7 +214,7 @@ def test_the_filter_names_the_calls_of_this_kernel() -> None:
 @pytest.mark.parametrize("machine", seccomp.MACHINES)
 def test_the_filter_decides_as_it_should(machine: str) -> None:
     """Run by a small interpreter of classic BPF, for both architectures."""
-    column, arch, clone, clone3, ioctl = seccomp.MACHINES[machine]
+    column, arch, clone, clone3, ioctl, prlimit64 = seccomp.MACHINES[machine]
     steps = seccomp.program(machine)
     allow, refuse, unknown = 0x7FFF0000, 0x50001, 0x50026
     assert len(steps) < 4096 and verdict(steps, arch ^ 1, 0) == 0x80000000
@@ -214,13 +225,17 @@ def test_the_filter_decides_as_it_should(machine: str) -> None:
     assert verdict(steps, arch, clone, 0x3D0F00) == allow  # a thread of glibc's
     assert verdict(steps, arch, clone, 17) == verdict(steps, arch, clone, 0x3D0F00 | 0x10000000) == refuse
     assert verdict(steps, arch, ioctl, 1, 0x5412) == refuse and verdict(steps, arch, ioctl, 1, 0x5401) == allow
+    assert verdict(steps, arch, prlimit64, 0, 4) == allow
+    assert verdict(steps, arch, prlimit64, 0, 4, 1) == verdict(steps, arch, prlimit64, 0, 4, 1 << 32) == refuse
     for name in ("x86_64", "aarch64"):
         for number in {"x86_64": (0, 1, 9, 12, 59, 202, 231, 257), "aarch64": (56, 63, 64, 93, 98, 221, 222)}[name]:
             assert name != machine or verdict(steps, arch, number) == allow
 
 
-def verdict(steps: list[seccomp.Instruction], arch: int, number: int | None, first: int = 0, second: int = 0) -> int:
-    memory = {0: number or 0, 4: arch, 16: first, 24: second}
+def verdict(
+    steps: list[seccomp.Instruction], arch: int, number: int | None, first: int = 0, second: int = 0, third: int = 0
+) -> int:
+    memory = {0: number or 0, 4: arch, 16: first, 24: second, 32: third & 0xFFFFFFFF, 36: third >> 32}
     at, held = 0, 0
     while True:
         code, true, false, k = steps[at]
