@@ -446,5 +446,5 @@ ATTEMPTS = {
 REAL = (
     "files-open", "files-passwd", "files-repository", "files-home", "processes-posix_system", "processes-libc",
     "processes-subprocess", "processes-system_after_reload", "network-udp", "network-loopback", "network-abstract_socket",
-    "knowledge-other_processes", "knowledge-sys", "power-io_uring",
+    "knowledge-other_processes", "knowledge-sys",
 )  # fmt: skip

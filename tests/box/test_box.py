@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,6 +129,8 @@ def test_a_crash_is_told(box: Box, signal: str, where: type[Box] | type[Unboxed]
 
 def test_the_process_inside_has_no_power(box: Box) -> None:
     status = box.run("", ["open('/proc/self/status').read()", "__import__('os').listdir('/')"])
+    packages = f"__import__('os').listdir({sysconfig.get_path('stdlib') + '/site-packages'!r})"
+    assert box.run("", [packages])[0].value in ([], None)
     if status[0].kind != "value":
         pytest.skip("The state of the process is NOT tested: no /proc may be mounted here")
     lines = dict(line.split(":", 1) for line in status[0].value.splitlines())
@@ -195,6 +200,21 @@ def test_nobody_gets_the_same_box(box: Box, light: Path) -> None:
     if "SyntaxError" in done.stderr:
         pytest.skip("The box of nobody is NOT tested: the system's Python is too old")
     assert ast.literal_eval(done.stdout or "None") == [None, 65534], done.stderr
+
+
+def test_with_its_caller_killed_the_box_is_gone(box: Box, light: Path) -> None:
+    script = "from speckd.box import Box, Limits\nBox(Limits(wall_s=60)).run('import time', ['time.sleep(60)'])"
+    caller = subprocess.Popen([sys.executable, "-c", script], env={"PYTHONPATH": str(light)})
+    seen = psutil.Process(caller.pid)
+    until = time.monotonic() + 10
+    while len(inside := seen.children(recursive=True)) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    caller.kill()
+    caller.wait()
+    assert len(inside) == 3
+    while left := [p for p in inside if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < until, left
+        time.sleep(0.01)
 
 
 def test_the_filter_names_the_calls_of_this_kernel() -> None:
