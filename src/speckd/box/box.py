@@ -31,7 +31,7 @@ main()
 _HERE = Path(__file__).parent
 _PYTHON = ("-I", "-S", "-B", "-X", "utf8", "-c")
 _BACKUP_S = 5.0
-_SYSTEM = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/usr/lib32")
+_SYSTEM = ("/lib", "/lib64", "/lib32", "/usr/lib", "/usr/lib64", "/usr/lib32", "/nix/store", "/gnu/store")
 #: Tried inside by `missing`: each of these must fail there, else it is no box.
 _PROOF = """
 import os, socket
@@ -55,7 +55,7 @@ def _rlimits(limits: Limits) -> dict[str, list[int]]:
         "RLIMIT_NPROC": limits.threads,
         "RLIMIT_FSIZE": limits.file_mb << 20,
         "RLIMIT_NOFILE": limits.open_files,
-        "RLIMIT_CORE": 0,
+        "RLIMIT_CORE": 1,  # with 0, a kernel that pipes dumps to a program outside would do so; nothing fits into 1 byte
     }
     return {**{name: [size, size] for name, size in sizes.items()}, "RLIMIT_CPU": [limits.cpu_s, limits.cpu_s + 1]}
 
@@ -69,14 +69,25 @@ def _python() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
-def _how(ended: Ended) -> str:
+def _signal(ended: Ended) -> int | None:
+    """The signal that ended the program, told by the launcher or, without a box, by the system."""
+    if ended.code is None or 0 <= ended.code <= launch.BY_SIGNAL:
+        return None
+    return ended.code - launch.BY_SIGNAL if ended.code > 0 else -ended.code
+
+
+def _outcomes(ended: Ended, wanted: int) -> list[Outcome]:
+    number = _signal(ended)
+    late = ended.code in (launch.TIMEOUT, None) or number == signal.SIGXCPU
+    return outcomes(ended, wanted, late, _how(ended, number))
+
+
+def _how(ended: Ended, number: int | None) -> str:
     """In words, how a program ended that did not answer."""
     if ended.flooded:
         return "it answered more than may be read"
-    if ended.code is not None and ended.code > launch.BY_SIGNAL:
-        number = ended.code - launch.BY_SIGNAL
-        known = number in {s.value for s in signal.Signals}
-        return f"killed by {signal.Signals(number).name if known else number}"
+    if number is not None:
+        return f"killed by {signal.Signals(number).name if number in set(signal.Signals) else f'signal {number}'}"
     return f"it ended without an answer{': ' + ended.said[-300:] if ended.said else ''}"
 
 
@@ -102,7 +113,7 @@ class Box:
         ended = self._converse(_PROOF % str(_HERE), ["[held(act) for act in tried]"], "")
         if ended.code == launch.IMPOSSIBLE or ended.code is None:
             return ended.said or "it did not start in time"
-        outcome = outcomes(ended, 1, False, _how(ended))[0]
+        outcome = _outcomes(ended, 1)[0]
         if outcome.kind != "value":
             return f"Python does not start inside: {outcome.detail}"
         return None if outcome.value == [True] * _WALLS else f"it does not hold: {outcome.value}"
@@ -121,7 +132,7 @@ class Box:
         ended = self._converse(program, calls, setup)
         if ended.code == launch.IMPOSSIBLE:
             raise ConfigError(f"The box for programs cannot be had here: {ended.said}", "docs/box.md says what it needs.")
-        return outcomes(ended, len(calls), ended.code in (launch.TIMEOUT, None), _how(ended))
+        return _outcomes(ended, len(calls))
 
     def _converse(self, program: str, calls: Sequence[str], setup: str) -> Ended:
         plan = json.dumps(asdict(self._plan()))
@@ -173,7 +184,7 @@ class Unboxed:
         job = Job(program, setup, calls, _rlimits(self.limits))
         with tempfile.TemporaryDirectory() as folder:
             ended = converse([_python(), *_PYTHON, _program_text()], job, self.limits, Path(folder))
-        return outcomes(ended, len(calls), ended.code is None, _how(ended))
+        return _outcomes(ended, len(calls))
 
 
 def required(accept_unsandboxed_code: bool, limits: Limits | None = None) -> Box | Unboxed:

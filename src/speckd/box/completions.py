@@ -1,8 +1,9 @@
 """From what a model wrote to a program."""
 
-import ast
 import re
 from itertools import zip_longest
+
+from speckd.box.parsing import parsed
 
 #: What follows is no longer the answer: the model goes on to another turn, to tests, or to a script's own start.
 STOPS = ("[DONE]", "\nif __name__", "\nassert ", "<|endoftext|>", "<|im_end|>", "</s>", "\n[BEGIN]")
@@ -46,7 +47,7 @@ def _whole(text: str) -> str:
     for end in range(len(lines), 0, -1):
         kept = "\n".join(lines[:end])
         try:
-            if ast.parse(kept).body:
+            if parsed(kept).body:
                 return kept
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue

@@ -66,8 +66,8 @@ def converse(command: Sequence[str], job: Job, limits: Limits, folder: Path) -> 
     assert process.stderr is not None
     with process.stdout, process.stderr:
         answers, said, in_time = _read(process.stdout.fileno(), process.stderr.fileno(), limits)
-    # The pipes are closed now, which ends whoever still writes.
-    code = _end(process, _GRACE_S if in_time else 0.0)
+    # The pipes are closed now, which ends a box whoever still writes in it.
+    code = _end(process, in_time)
     flooded = len(answers) > limits.output_bytes
     return Ended(code, answers[: limits.output_bytes], said.decode(errors="replace").strip(), flooded)
 
@@ -92,14 +92,16 @@ def _read(answers_from: int, said_from: int, limits: Limits) -> tuple[bytes, byt
     return texts[answers_from], texts[said_from][:_SAID], True
 
 
-def _end(process: "subprocess.Popen[bytes]", patience_s: float) -> int | None:
-    """Exit code of a process that should be at its end; after `patience_s` its whole group is killed, and the code is None."""
-    with suppress(subprocess.TimeoutExpired):
-        return process.wait(patience_s)
+def _end(process: "subprocess.Popen[bytes]", in_time: bool) -> int | None:
+    """Exit code of a process that should be at its end, None where it was not; nothing of its group is left."""
+    code = None
+    if in_time:
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(_GRACE_S)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return None
+    return code
 
 
 def outcomes(ended: Ended, wanted: int, timed_out: bool, why: str) -> list[Outcome]:

@@ -48,6 +48,11 @@ def unshare(flags: int) -> None:
     _checked("unshare", _libc.unshare(ctypes.c_int(flags)))
 
 
+def name_machine(name: str) -> None:
+    """sethostname(2)."""
+    _checked("sethostname", _libc.sethostname(name.encode(), ctypes.c_size_t(len(name))))
+
+
 def prctl(option: int, second: int = 0, third: int = 0) -> None:
     """prctl(2) with up to three arguments."""
     _checked("prctl", _libc.prctl(ctypes.c_int(option), *(ctypes.c_ulong(a) for a in (second, third, 0, 0))))

@@ -128,6 +128,7 @@ def _start_program(plan: Plan, machine: str) -> int:
 
 def _first_process(plan: Plan, machine: str, proc: int, powerful: bool) -> int:
     """The first process inside: builds, gives up all power, starts the program, and ends when that ends."""
+    kernel.name_machine("box")
     _build(plan, machine)
     if powerful:
         os.setgroups([])

@@ -40,16 +40,15 @@ def _within(item: Any, group: Any) -> bool:
     return any(equal(item, one) for one in group)
 
 
-def _identical(left: Any, right: Any) -> bool:
-    if not any(side is None or isinstance(side, bool | type) for side in (left, right)):
-        raise NotJudgeable("it asks whether two values are the same object")
-    return left is right
+def one_of_a_kind(sides: tuple[Any, Any]) -> bool:
+    """Whether `is` means something between them: None, True, False and types exist once, and are the same after a journey."""
+    return any(side is None or isinstance(side, bool | type) for side in sides)
 
 
 COMPUTE: dict[type[ast.operator], Operation] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: _product, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: _power, ast.LShift: _shift, ast.RShift: operator.rshift, ast.BitAnd: operator.and_,
-    ast.BitOr: operator.or_, ast.BitXor: operator.xor,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: _power, ast.LShift: _shift, ast.RShift: operator.rshift,
+    ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.BitXor: operator.xor,
 }  # fmt: skip
 SIGN: dict[type[ast.unaryop], Callable[[Any], Any]] = {
     ast.Not: operator.not_, ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.invert,
@@ -64,6 +63,6 @@ COMPARE: dict[type[ast.cmpop], Operation] = {
     ast.NotEq: lambda left, right: not equal(left, right) and left != right,
     ast.In: _within,
     ast.NotIn: lambda left, right: not _within(left, right) and left not in right,
-    ast.Is: _identical,
-    ast.IsNot: lambda left, right: not _identical(left, right),
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
 }

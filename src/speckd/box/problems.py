@@ -8,6 +8,7 @@ from typing import Any
 
 from speckd.box.asserts import NotJudgeable, Reading, TestFails
 from speckd.box.outcomes import Outcome
+from speckd.box.parsing import parsed
 from speckd.errors import DataError
 
 _MBPP = """\
@@ -109,10 +110,12 @@ def unjudgeable(given: Problem) -> str | None:
 def _mbpp(row: Mapping[str, Any], name: str, challenge: bool) -> Problem:
     shown = [str(test).replace("\r\n", "\n") for test in row["test_list"]]
     hidden = [str(test).replace("\r\n", "\n") for test in row.get("challenge_test_list") or []] if challenge else []
-    tests = tuple(statement for test in [*shown, *hidden] for statement in ast.parse(test).body)
+    tests = tuple(statement for test in [*shown, *hidden] for statement in parsed(test).body)
     setup = str(row.get("test_setup_code") or "").replace("\r\n", "\n")
     imports = "".join(f"{line}\n" for line in row.get("test_imports") or [])
-    task = str(row.get("text") or row["prompt"]).strip()
+    task = str(row.get("text") or row.get("prompt") or "").strip()
+    if not task:
+        raise DataError(f"Task {name} has neither `text` nor `prompt`", "Give rows of MBPP's shape.")
     reference = str(row.get("code") or "").replace("\r\n", "\n")
     return Problem(
         name=name,
@@ -127,9 +130,9 @@ def _mbpp(row: Mapping[str, Any], name: str, challenge: bool) -> Problem:
 
 def _program_names(tests: Sequence[ast.stmt], reference: str, setup: str) -> dict[str, str]:
     """What the reference and the set-up define; also what a test calls and Python does not know."""
-    definitions = [node for node in ast.parse(reference).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    definitions = [node for node in parsed(reference).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     defined = {node.name for node in definitions}
-    stored = [node for node in ast.walk(ast.parse(setup)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    stored = [node for node in ast.walk(parsed(setup)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     defined |= {node.id for node in stored}
     called = [node.func for test in tests for node in ast.walk(test) if isinstance(node, ast.Call)]
     defined |= {name.id for name in called if isinstance(name, ast.Name) and not hasattr(builtins, name.id)}
@@ -138,12 +141,12 @@ def _program_names(tests: Sequence[ast.stmt], reference: str, setup: str) -> dic
 
 def _human_eval(row: Mapping[str, Any], name: str) -> Problem:
     prompt, entry = str(row["prompt"]).replace("\r\n", "\n"), str(row["entry_point"])
-    module = ast.parse(str(row["test"]).replace("\r\n", "\n")).body
+    module = parsed(str(row["test"]).replace("\r\n", "\n")).body
     checks = [node for node in module if isinstance(node, ast.FunctionDef) and node.name == "check"]
     if len(checks) != 1 or len(checks[0].args.args) != 1:
         raise DataError(f"Task {name}: `test` has no `check(candidate)`", "Give HumanEval's form.")
     before = [node for node in module if isinstance(node, ast.Import | ast.ImportFrom)]
-    functions = [node for node in [*ast.parse(prompt).body, *module] if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in [*parsed(prompt).body, *module] if isinstance(node, ast.FunctionDef)]
     return Problem(
         name=name,
         prompt=prompt,

@@ -6,6 +6,7 @@ Numbers are those of Linux's `asm/unistd.h` (x86_64) and `asm-generic/unistd.h` 
 import ctypes
 import errno
 import struct
+from typing import NamedTuple
 
 from speckd.box import kernel
 
@@ -57,10 +58,23 @@ DENIED: tuple[tuple[str, int | None, int | None], ...] = (
     # identities
     ("setuid", 105, 146), ("setgid", 106, 144), ("setreuid", 113, 145), ("setregid", 114, 143), ("setresuid", 117, 147),
     ("setresgid", 119, 149), ("setgroups", 116, 159), ("setfsuid", 122, 151), ("setfsgid", 123, 152), ("capset", 126, 91),
+    # limits (prlimit64 may still be asked what they are, see below)
+    ("setrlimit", 160, 164),
 )  # fmt: skip
 
-#: machine -> (column of DENIED, AUDIT_ARCH of linux/audit.h, clone, clone3, ioctl)
-MACHINES = {"x86_64": (1, 0xC000003E, 56, 435, 16), "aarch64": (2, 0xC00000B7, 220, 435, 29)}
+
+class Machine(NamedTuple):
+    """Column of DENIED, AUDIT_ARCH of linux/audit.h, and the numbers of calls that are refused for some arguments."""
+
+    column: int
+    arch: int
+    clone: int
+    clone3: int
+    ioctl: int
+    prlimit64: int
+
+
+MACHINES = {"x86_64": Machine(1, 0xC000003E, 56, 435, 16, 302), "aarch64": Machine(2, 0xC00000B7, 220, 435, 29, 261)}
 #: Later calls than cachestat(2) are unknown here: programs are told that the kernel has none of them.
 _LAST_KNOWN = 451
 _CLONE_THREAD = 0x00010000
@@ -68,7 +82,8 @@ _CLONE_NEW = 0x7E020080
 _TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: typing into the user's terminal
 _LOAD, _EQUAL, _GREATER, _SET, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCH, _FIRST, _SECOND = 0, 4, 16, 24  # offsets in struct seccomp_data; the lower words of the arguments
+# Offsets in struct seccomp_data: the lower words of the arguments, of the third the upper one, too.
+_NUMBER, _ARCH, _FIRST, _SECOND, _THIRD, _THIRD_UPPER = 0, 4, 16, 24, 32, 36
 _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 
 Instruction = tuple[int, int, int, int]
@@ -80,7 +95,7 @@ def program(machine: str) -> list[Instruction]:
     Args:
         machine: a key of `MACHINES`.
     """
-    column, arch, clone, clone3, ioctl = MACHINES[machine]
+    column, arch, clone, clone3, ioctl, prlimit64 = MACHINES[machine]
     refuse, unknown = (_RETURN, 0, 0, _ERRNO | errno.EPERM), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)
     steps: list[Instruction] = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, arch), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER)]
     steps += [(_GREATER, 0, 1, _LAST_KNOWN), unknown]  # also x86_64's second table (x32), which starts at 2**30
@@ -90,6 +105,9 @@ def program(machine: str) -> list[Instruction]:
     steps += [refuse, (_RETURN, 0, 0, _ALLOW)]
     steps += [(_EQUAL, 0, 4, ioctl), (_LOAD, 0, 0, _SECOND), (_EQUAL, 1, 0, _TERMINAL_INPUT[0])]
     steps += [(_EQUAL, 0, 1, _TERMINAL_INPUT[1]), refuse, (_LOAD, 0, 0, _NUMBER)]
+    # prlimit64 with new limits, which would be lower ones: without one on dumps, they would go to a program outside.
+    steps += [(_EQUAL, 0, 5, prlimit64), (_LOAD, 0, 0, _THIRD), (_EQUAL, 0, 2, 0), (_LOAD, 0, 0, _THIRD_UPPER)]
+    steps += [(_EQUAL, 1, 0, 0), refuse, (_LOAD, 0, 0, _NUMBER)]
     for row in DENIED:
         number = row[column]
         if isinstance(number, int):
