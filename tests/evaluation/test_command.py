@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -216,7 +217,7 @@ def test_what_is_there_is_not_made_again(place: Path, whole: Path, tmp_path: Pat
     [
         ({"max_new_tokens": 7}, "settings.max_new_tokens is 6 there and 7 now"),
         ({"seed": 3}, "settings.seed is 0 there and 3 now"),
-        ({"model_name_or_path": "teacher"}, "model is "),
+        ({"model_name_or_path": "teacher"}, "model.weights is "),
         ({"tasks": {"rouge": ROUGE}}, "tasks.checks"),
     ],
 )
@@ -231,6 +232,44 @@ def test_another_evaluations_folder_is_refused(
     path.write_text(yaml.safe_dump(given))
     assert run(path) == 2
     assert words in capsys.readouterr().err and contents(whole) == before
+
+
+def test_a_folder_that_moved_is_the_same_model(place: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path / "moved", ignore=lambda folder, names: [n for n in names if n.startswith("whole")])
+    shutil.copytree(whole, tmp_path / "out")
+    assert run(config(tmp_path / "moved", tmp_path / "out", ALL)) == 0
+    assert (tmp_path / "out" / "plan.json").read_bytes() == (whole / "plan.json").read_bytes()
+
+
+def test_two_do_not_answer_into_one_folder(place: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert run(config(place, tmp_path / "out", {"rouge": ROUGE})) == 2
+    assert "another process evaluates into" in capsys.readouterr().err
+
+
+def test_one_of_several_processes_is_refused(place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(config(place, tmp_path / "out", {"rouge": ROUGE})) == 2
+    assert "Start it without torchrun" in capsys.readouterr().err
+
+
+def test_prompts_that_fill_all_positions_are_counted(place: Path, tmp_path: Path) -> None:
+    """The tiny models have 128."""
+    word = examples()[0].prompt.split()[0]
+    rows = [{"prompt": " ".join([word] * n), "completion": f" {word}"} for n in (5, 200)]
+    data = str(write_rows(tmp_path / "long.jsonl", rows))
+    tasks = {
+        "rouge": {"kind": "rouge", "data": data},
+        "held": {"kind": "likelihood", "data": data},
+        "draft": {"kind": "draft", "data": data, "timed_repeats": 1},
+    }
+    for batch_size in ("1", "4"):
+        assert run(config(place, tmp_path / f"out{batch_size}", tasks), "--batch_size", batch_size) == 0
+        found = results(tmp_path / f"out{batch_size}")["tasks"]
+        assert found["rouge"]["counts"]["without_room"] == 1 and found["rouge"]["counts"]["empty"] >= 1
+        assert found["held"]["metrics"]["nll"]["n"] == 1 and found["held"]["counts"]["truncated"] == 1
+        assert found["draft"]["metrics"]["speedup"]["n"] == 1
 
 
 def test_a_damaged_line_is_named(place: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:

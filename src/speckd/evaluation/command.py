@@ -3,21 +3,25 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import disable_progress_bars
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from speckd import fingerprints
 from speckd.errors import ConfigError, StoreError
 from speckd.evaluation.items import Item, columns
 from speckd.evaluation.journal import answered, batches, replace
 from speckd.evaluation.kinds import KINDS
-from speckd.evaluation.models import Models, facts
+from speckd.evaluation.models import Models, Named, facts
 from speckd.evaluation.options import Options, TaskOptions, load_options
 from speckd.evaluation.rows import File, read_rows
 from speckd.evaluation.statistics import summary
@@ -31,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 RESULTS, PLAN = "evaluation.json", "plan.json"
 #: Settings that answers do not depend on, but for rounding.
-_FREE = {"output_dir", "batch_size", "device", "tasks"}
+_FREE = {"output_dir", "batch_size", "device", "tasks"} | {
+    f"{whose}{what}" for whose in ("", "teacher_") for what in ("model_name_or_path", "model_revision")
+}
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,31 @@ def evaluate(config: Path | None, flags: list[str]) -> Path:
     models = Models.of(options)
     work = [_prepared(name, options.of_task(task), options, models) for name, task in options.tasks]
     plan = as_json(_plan(options, models, work))
-    _begin(output, plan)
-    lines = {each.name: _worked(output, each, models, options.batch_size) for each in work}
-    results = _results(options, models, work, lines)
-    replace(output / RESULTS, iter([_document(results)]))
+    with _alone(output):
+        _begin(output, plan)
+        lines = {each.name: _worked(output, each, models, options.batch_size) for each in work}
+        results = _results(options, models, work, lines)
+        replace(output / RESULTS, iter([_document(results)]))
     show(results)
     logger.info("%s; the answers are in %s.", output / RESULTS, output / "examples")
     return output / RESULTS
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Nobody else answers into that folder meanwhile."""
+    with named(output):
+        output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        raise ConfigError(f"output_dir: another process evaluates into {output}", "Wait for it, or choose another") from None
+    try:
+        yield
+    finally:
+        (output / ".lock").unlink(missing_ok=True)
+        lock.release()
 
 
 def _folder(options: Options) -> Path:
@@ -75,7 +99,9 @@ def _folder(options: Options) -> Path:
     for used in (options.model_name_or_path, options.teacher_model_name_or_path):
         if used is not None and Path(used).exists() and Path(used).resolve() == output.resolve():
             raise ConfigError(f"output_dir: {output} is a model's own folder", "Choose another, such as one inside of it")
-    if output.is_dir() and any(output.iterdir()) and not (output / PLAN).is_file():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("an evaluation is one process's work, and this is one of several", "Start it without torchrun")
+    if output.is_dir() and any(path.name != ".lock" for path in output.iterdir()) and not (output / PLAN).is_file():
         raise ConfigError(f"output_dir: {output} is not empty, and holds no evaluation", "Choose another folder")
     return output
 
@@ -97,11 +123,25 @@ def _plan(options: Options, models: Models, work: Sequence[Work]) -> dict[str, A
     """Everything that the answers depend on."""
     given = {key: value for key, value in dataclasses.asdict(options).items() if key not in _FREE}
     return {
-        "model": models.subject.weights,
-        "teacher": None if models.teacher is None else models.teacher.weights,
+        "model": _who(models.subject),
+        "teacher": None if models.teacher is None else _who(models.teacher),
         "settings": given,
-        "tasks": {each.name: {**_spoken(each.options), "sha256": each.file.sha256} for each in work},
+        "tasks": {each.name: _what(each) for each in work},
     }
+
+
+def _who(named: Named) -> dict[str, str | None]:
+    """A folder may have moved; what cannot be looked into is known by its name."""
+    if named.weights is None:
+        return {"name": named.name, "revision": named.revision}
+    return {"weights": named.weights}
+
+
+def _what(work: Work) -> dict[str, Any]:
+    """Files by what they hold, solved examples included, not by where they lie."""
+    spoken = {key: value for key, value in _spoken(work.options).items() if key not in ("data", "few_shot_data")}
+    prompts = fingerprints.of_bytes(item.key.encode() for item in work.items)
+    return {**spoken, "data": work.file.sha256, "prompts": prompts}
 
 
 def _spoken(task: TaskOptions) -> dict[str, Any]:
@@ -111,8 +151,6 @@ def _spoken(task: TaskOptions) -> dict[str, Any]:
 
 def _begin(output: Path, plan: Mapping[str, Any]) -> None:
     path = output / PLAN
-    with named(output):
-        output.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         wrong = list(differences(_read(path), plan))
         if wrong:

@@ -76,7 +76,7 @@ class Drafting:
             _matches(items, plain, models, self.options.draft_length),
             _alphas(items, theirs, models, "teacher_text"),
             self._references(items, models),
-            self._clock(items, prompts, greedy),
+            self._clock(prompts, plain, greedy),
             strict=True,
         )
         scores = [{name: number for part in parts for name, number in part.items()} for parts in of_all]
@@ -105,14 +105,14 @@ class Drafting:
         whole = [whole_item(self.name, items[place].row, self.options, models) for place in having]
         most = longest(self.options, models)
         for place, sums in zip(having, sequence_sums([cut(one, most) for one in whole], models) if whole else [], strict=True):
-            found[place] = {"reference_alpha": sums["alpha"], "reference_tokens": sums["supervised"]}
+            found[place] = {"reference_alpha": sums.get("alpha", 0.0), "reference_tokens": sums["supervised"]}
         return found
 
-    def _clock(self, items: Sequence[Item], prompts: Sequence[Prompt], greedy: Sampling) -> list[Scores]:
+    def _clock(self, prompts: Sequence[Prompt], plain: Sequence[Completion], greedy: Sampling) -> list[Scores]:
         assert self._decoders is not None
         found: list[Scores] = []
-        for item, prompt in zip(items, prompts, strict=True):
-            held = item.row.number < self.options.timed_prompts
+        for prompt, text in zip(prompts, plain, strict=True):
+            held = prompt.sample < self.options.timed_prompts and len(text.token_ids)
             found.append(timed(self._decoders, prompt, greedy, self.options.timed_repeats) if held else {})
         return found
 
@@ -161,4 +161,4 @@ def _matches(items: Sequence[Item], plain: Sequence[Completion], models: Models,
 
 def _alphas(items: Sequence[Item], texts: Sequence[Completion], models: Models, name: str) -> list[Scores]:
     sums = sequence_sums(_written(items, texts), models)
-    return [{f"{name}_alpha": own["alpha"], f"{name}_tokens": own["supervised"]} for own in sums]
+    return [{f"{name}_alpha": own.get("alpha", 0.0), f"{name}_tokens": own["supervised"]} for own in sums]

@@ -70,7 +70,7 @@ class Likelihood:
 
     def metrics(self, lines: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
         """See `Task`."""
-        return OWN + (WITH_TEACHER if "kl" in lines[0]["scores"] else ())
+        return OWN + (WITH_TEACHER if any("kl" in line["scores"] for line in lines) else ())
 
     def counts(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         """See `Task`; `truncated`: texts cut off at max_length or at the models' positions."""
@@ -121,7 +121,8 @@ def sequence_sums(texts: Sequence[Text], models: Models) -> list[dict[str, Any]]
 def correct_tokens(texts: Sequence[Text], models: Models) -> list[Tensor]:
     """By text, [n] bool: is the model's most probable shared token the one that follows?"""
     rows, found = _measured(texts, models)
-    verdicts = torch.cat([measures.correct for _, measures in found if measures.correct is not None]) > 0
+    some = [measures.correct for _, measures in found if measures.correct is not None]
+    verdicts = torch.cat([torch.zeros(0, device=models.device), *some]) > 0
     sizes = torch.bincount(rows.keys.sample.cpu(), minlength=len(texts))
     return list(verdicts.cpu().split(sizes.tolist()))
 
@@ -167,8 +168,9 @@ def _summed(found: Any, rows: SupervisedRows, count: int) -> list[dict[str, Any]
             own = sums.setdefault(name, torch.zeros(shape, dtype=torch.float64))
             own.index_add_(0, sample, values.cpu())
     if "accepted" in sums:
-        sums["tar"] = sums["accepted"] / sums["supervised"].clamp(min=1)
-    return [{name: values[row].tolist() for name, values in sums.items()} for row in range(count)]
+        sums["tar"] = sums["accepted"] / sums["supervised"]
+    some = [{name: values[row].tolist() for name, values in sums.items()} for row in range(count)]
+    return [own if own["supervised"] else {"supervised": 0.0} for own in some]  # one whose prompt fills all that is read
 
 
 def _named(measures: TokenMeasures) -> list[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,24 +56,23 @@ class Named:
 
     @cached_property
     def folder(self) -> Path | None:
-        """Where its files are; None where they cannot be found without loading it."""
+        """Where its files are on this machine; None where they are not."""
         if Path(self.name).is_dir():
             return Path(self.name)
-        found = cached_file(
-            self.name,
-            "config.json",
-            revision=self.revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        return None if found is None else Path(found).parent
+        for file in ("config.json", "adapter_config.json"):
+            with suppress(OSError):
+                found = cached_file(self.name, file, revision=self.revision, local_files_only=True)
+                if found is not None:
+                    return Path(found).parent
+        return None
 
     @cached_property
     def weights(self) -> str | None:
-        """A digest of configuration and weights, an adapter's base included."""
+        """A digest of configuration and weights, an adapter's base included; of a hub id, the commit."""
         if self.folder is None:
             return None
+        if not Path(self.name).is_dir():
+            return self.folder.name  # the hub's cache calls its folders so
         own = fingerprints.of_model_folder(self.folder)
         if self.base is None or not Path(self.base).is_dir():
             return own
