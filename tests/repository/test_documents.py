@@ -1,5 +1,6 @@
 """What the documents say, held against what is there."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -41,8 +42,16 @@ print("ran")
 
 def test_the_tree_in_the_readme_is_the_tree() -> None:
     lines = block("tree").splitlines()
-    assert sorted(line.split()[0] for line in lines) == sorted(p.relative_to(PACKAGE).as_posix() for p in modules())
-    assert all(len(line.split()) > 1 for line in lines), "every file has its line of explanation"
+    files = [p for p in modules() if p.parent == PACKAGE]
+    packages = {p.relative_to(PACKAGE).parts[0] + "/" for p in modules() if p.parent != PACKAGE}
+    assert sorted(line.split()[0] for line in lines) == sorted([*(p.name for p in files), *packages])
+    assert all(len(line.split()) > 1 for line in lines), "every file and every package has its line of explanation"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_every_file_says_in_its_first_line_what_it_is(path: Path) -> None:
+    said = ast.get_docstring(ast.parse(path.read_text()))
+    assert said and len(said.split()) > 2
 
 
 def test_the_python_in_the_readme_runs_and_is_the_method() -> None:
