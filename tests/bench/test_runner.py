@@ -1,5 +1,6 @@
 """A benchmark end to end on the smallest plan: killed and gone on with, honest tables, and each condition what it says."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -197,3 +198,14 @@ def test_a_plan_with_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.Captur
     assert main(["bench", str(plan), "--output_dir", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "'nothing' is not a gate" in said and not (tmp_path / "out").exists()
+
+
+def test_a_plan_may_have_a_clean_teacher_of_its_own(tmp_path: Path) -> None:
+    """As the profile for a GPU does: trained once, and what all measures are against."""
+    world = dataclasses.replace(SMALL, teacher=Shape(16, 1, 1), teacher_trained=TrainedOn(2), level=3)
+    clean = makers.clean_teacher(world, tmp_path)
+    assert clean.config.hidden_size == 16 and clean.config.num_hidden_layers == 1
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    outcome_of = worker.train_and_measure(Run(world, 0, 0, Method({"gate": "none"}), Teacher(), "dataset", 2, 1e-3), tmp_path)
+    assert outcome_of["measures"]["teacher_nll"] > 3  # one of two steps knows nothing
+    assert all(path.stat().st_mtime_ns == before for path, before in made.items())
