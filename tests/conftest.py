@@ -1,4 +1,4 @@
-"""Settings for all tests: one thread (the suite may share two cores), hypothesis profiles, counted examples."""
+"""Settings for all tests: one thread (two processes share two cores), hypothesis profiles, counted examples."""
 
 import os
 from collections import Counter
@@ -31,6 +31,16 @@ def counted(request: pytest.FixtureRequest):
         EXAMPLES[request.node.name] += 1
 
     return count
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # of a process that runs a part of the tests
+        session.config.workeroutput["examples"] = dict(EXAMPLES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    EXAMPLES.update(getattr(node, "workeroutput", {}).get("examples", {}))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

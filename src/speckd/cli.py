@@ -166,6 +166,27 @@ def quickstart(
 
 
 @app.command()
+def bench(
+    plan: Annotated[Path, typer.Argument(help="A file, or a shipped profile: smoke, cpu, gpu.")],
+    output_dir: Annotated[
+        Path, typer.Option("--output_dir", "--output-dir", help="Where all is kept; the same command goes on from there.")
+    ] = Path("bench-results"),
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train at the same time, one thread each.")] = 2,
+    show: Annotated[bool, typer.Option("--show", help="Only print the plan.")] = False,
+) -> None:
+    """Compare methods, teachers, starts and data by seeds, from one file, with paired statistics."""
+    _say_to_people()
+    from speckd.bench.plan import plan_text
+
+    if show:
+        typer.echo(plan_text(plan))
+        return
+    from speckd.bench.command import bench as run
+
+    run(plan, output_dir, workers)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped methods. Joined by '+', the later is laid over the earlier: --recipe abkd+speckd."""
     from speckd.recipe_book import DEFAULT_RECIPE, recipe_names, recipe_text
@@ -230,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         resumes = ""
         if "train" in words:
             resumes = "; --resume_from_checkpoint true goes on from the last checkpoint, if there is one"
-        if {"cache", "write", "evaluate"} & set(words):
+        if {"cache", "write", "bench", "evaluate"} & set(words):
             resumes = "; the same command goes on from there"
         print(f"interrupted{resumes}", file=sys.stderr)
     return code

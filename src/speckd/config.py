@@ -18,6 +18,7 @@ from speckd import (
     sequence_kl,
     taid,
     token_temperature,
+    trust_gates,
 )
 from speckd.errors import ConfigError
 from speckd.objective import Normalizer, Objective
@@ -47,6 +48,7 @@ GATES: Mapping[str, Callable[..., Any]] = {
     "excess_label_loss": ranked_gates.ExcessLabelLoss,
     "entropy_weight": entropy_gates.EntropyWeight,
     "entropy_gap": entropy_gates.EntropyGap,
+    "trust": trust_gates.Trust,
 }
 REJECTED: Mapping[str, Callable[..., Any]] = {
     "mask": policies.Mask,

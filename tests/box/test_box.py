@@ -149,7 +149,8 @@ def test_many_boxes_at_a_time(box: Box) -> None:
 
 
 def test_where_there_is_no_box_it_is_refused_with_the_way_out(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's architecture has no filter: known before anything starts."""
+    """The machine's architecture has no filter: known before anything starts. With a box, the flag changes nothing."""
+    assert isinstance(required(accept_unsandboxed_code=True), Box)
     monkeypatch.setattr(module.platform, "machine", lambda: "riscv64")
     assert "riscv64" in str(Box().missing())
     with pytest.raises(ConfigError, match=r"need a box, and it cannot be had here: .*riscv64.* --i-accept-unsandboxed-code"):
@@ -298,6 +299,17 @@ FUNCTION = "def f(x):\n    return x"
 )
 def test_a_program_is_found_in_a_completion(completion: str, program: str) -> None:
     assert extract_code(completion) == program
+
+
+@pytest.mark.parametrize(
+    "text", ["1" + "+1" * 50000, "-" * 50000 + "1", "(" * 50000, "x" + ".a" * 50000, "[" * 90 + "]" * 90, "not " * 50000,
+             "x = 1\n)" * 5000,
+             "if 1:\n" * 99, "\0", "\ud800", "lambda:" * 9000, "f'{" * 900, "a if b else " * 9000])  # fmt: skip
+def test_no_text_brings_the_judge_down(text: str) -> None:
+    """It is parsed out here, before it goes into the box."""
+    started = time.monotonic()
+    assert isinstance(extract_code(text), str)
+    assert time.monotonic() - started < 5
 
 
 def test_nan_is_never_right(box: Box) -> None:

@@ -26,7 +26,7 @@ def test_names_are_frozen() -> None:
     assert sorted(GATES) == (
         "entropy_gap entropy_weight excess_divergence excess_label_loss expected_spec hellinger inverted label_in_top_k "
         "label_ratio label_uncertainty matched_random none random spec student_entropy teachability teacher_entropy threshold "
-        "tip top_k total_variation two_sided".split()
+        "tip top_k total_variation trust two_sided".split()
     )
     assert sorted(REJECTED) == ["down_weight", "label", "mask", "residual"]
     assert sorted(DIVERGENCES) == (

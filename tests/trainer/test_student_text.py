@@ -59,7 +59,8 @@ def test_how_the_batch_is_cut_changes_nothing(world: World, tmp_path: Path, mode
         )
         for name, (size, accumulation) in cuts.items()
     }
-    require_same(logs["2x4"], logs["8x1"])
+    # A policy gradient's terms cancel, so what remains has more of their rounding: seen 1.4e-5 on one kind of processor.
+    require_same(logs["2x4"], logs["8x1"], tolerance=5e-5 if mode == "mixed" else 1e-5)
     for entry in logs["8x1"]:
         assert 0 < entry["generation_share"] < 1
         assert entry["on_policy/staleness"] == 0 or mode == "replay"

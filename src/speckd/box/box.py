@@ -188,19 +188,19 @@ class Unboxed:
 
 
 def required(accept_unsandboxed_code: bool, limits: Limits | None = None) -> Box | Unboxed:
-    """Where programs will run, settled before any text is generated for them.
+    """Where programs will run, settled before any text is generated for them: the box, wherever it can be had.
 
     Args:
-        accept_unsandboxed_code: what `--i-accept-unsandboxed-code` says; then, and only then, it goes without a box.
+        accept_unsandboxed_code: what `--i-accept-unsandboxed-code` says; then, where there can be no box, it goes without.
 
     Raises:
         ConfigError: no box can be had here, and the user did not accept to go without.
     """
-    if accept_unsandboxed_code:
-        return Unboxed(limits or Limits())
     box = Box(limits or Limits())
     why = box.missing()
-    if why:
-        fix = "docs/box.md says what it needs; --i-accept-unsandboxed-code runs them without, with all that you may do."
-        raise ConfigError(f"The programs that the model writes need a box, and it cannot be had here: {why}", fix)
-    return box
+    if why is None:
+        return box
+    if accept_unsandboxed_code:
+        return Unboxed(box.limits)
+    fix = "docs/box.md says what it needs; --i-accept-unsandboxed-code runs them without, with all that you may do."
+    raise ConfigError(f"The programs that the model writes need a box, and it cannot be had here: {why}", fix)

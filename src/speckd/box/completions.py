@@ -44,11 +44,13 @@ def _fenced(text: str) -> str:
 def _whole(text: str) -> str:
     """Without the last lines, where a cut left them broken; unchanged where nothing of it is a program."""
     lines = text.split("\n")
-    for end in range(len(lines), 0, -1):
+    end = len(lines)
+    while end > 0:
         kept = "\n".join(lines[:end])
         try:
-            if parsed(kept).body:
-                return kept
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
+            return kept if parsed(kept).body else text
+        except SyntaxError as error:  # no program goes on beyond the line of the mistake
+            end = min(end, error.lineno or end) - 1
+        except (ValueError, RecursionError, MemoryError):
+            break
     return text

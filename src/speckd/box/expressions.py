@@ -15,7 +15,7 @@ from speckd.box.outcomes import Outcome
 from speckd.box.sources import UNKNOWN, Inside, Unknown, source, unknown
 
 Names = dict[str, Any]
-_STEPS = 50_000
+_STEPS = 200_000
 _BRACKETS: dict[type[ast.expr], tuple[str, str, type]] = {
     ast.List: ("[", "]", list),
     ast.Tuple: ("(", ",)", tuple),

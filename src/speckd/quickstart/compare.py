@@ -278,11 +278,11 @@ def measure(student: Any, teacher: Any, tokenizer: Any, teacher_texts: list[list
     found = evaluate(student, teacher, None, [collate(encoded, tokenizer.pad_token_id)])
     answers = generate_greedy(student, encoded, tokenizer.eos_token_id, tokenizer.pad_token_id)
     found |= accuracy(examples, tokenizer.batch_decode(answers))
-    return found | {"tau": block_efficiency(_matches(student, encoded, teacher_texts, tokenizer))}
+    return found | {"tau": block_efficiency(matches(student, encoded, teacher_texts, tokenizer))}
 
 
 @torch.no_grad()
-def _matches(student: Any, encoded: list[Encoded], texts: list[list[int]], tokenizer: Any) -> list[Tensor]:
+def matches(student: Any, encoded: list[Encoded], texts: list[list[int]], tokenizer: Any) -> list[Tensor]:
     """For each prompt, where the student's greedy token is the teacher's, along the teacher's greedy completion."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     written = [
@@ -290,6 +290,8 @@ def _matches(student: Any, encoded: list[Encoded], texts: list[list[int]], token
     ]
     batch, mask = collate(written, pad)
     rows = supervised_rows(batch)
-    hidden = student.get_decoder()(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-    equal = LMHead.from_model(student)(hidden.flatten(0, 1)[rows.index]).argmax(-1) == rows.labels
+    ids, mask = batch.input_ids.to(student.device), mask.to(student.device)
+    hidden = student.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    greedy = LMHead.from_model(student)(hidden.flatten(0, 1)[rows.index.to(hidden.device)]).argmax(-1)
+    equal = greedy.cpu() == rows.labels
     return list(equal.split([len(e.ids) - e.prompt_length for e in written]))

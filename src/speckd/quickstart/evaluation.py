@@ -22,7 +22,12 @@ def generate_greedy(model: Any, encoded: Sequence[Encoded], end: int, pad: int) 
         ids[row, length - e.prompt_length :] = torch.tensor(e.ids[: e.prompt_length])
         mask[row, length - e.prompt_length :] = 1
     out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=pad
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=pad,
     )[:, length:]
     return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in out.tolist()]
 

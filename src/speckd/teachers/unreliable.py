@@ -12,6 +12,11 @@ from speckd.types import DenseSignal, DenseTeacherRows, TeacherRows
 _STREAM = 2  # apart from the gates' draws
 
 
+def scrambling(seed: int, sample: Tensor, position: Tensor) -> Tensor:
+    """[n, 2] uniforms of the positions that predict: below the fraction in the first, a teacher is scrambled there."""
+    return uniforms(seed, 0, sample, position, draws=1, stream=_STREAM)[:, 0]
+
+
 @dataclass(frozen=True)
 class ScrambledTeacher:
     """At a random `fraction` of positions, the teacher's distribution over other tokens: its logits rolled along V.
@@ -73,4 +78,4 @@ class ScrambledTeacher:
         return torch.where(draws[:, 0] < self.fraction, 1 + (draws[:, 1] * (self.vocabulary_size - 1)).long(), 0)
 
     def _draws(self, index: Tensor) -> Tensor:
-        return uniforms(self.seed, 0, self.sample[index], self.position[index], draws=1, stream=_STREAM)[:, 0]
+        return scrambling(self.seed, self.sample[index], self.position[index])

@@ -1,0 +1,124 @@
+"""Dose and response, and the front between the two aims."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from speckd.bench.plan import Cell, Plan
+from speckd.bench.runner import Found
+from speckd.bench.statistics import interval
+from speckd.bench.tables import MEASURES, Results
+
+_DOSED = ("nll", "accuracy", "kl", "alpha", "tau")
+_MARKS = "osD^vPX*<>hdp8"
+
+
+def draw_all(plan: Plan, found: Sequence[Found], folder: Path) -> None:
+    """`dose-BLOCK.png` where a block scrambles its teacher by several shares, `front-BLOCK.png` for every block."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    results = Results(plan, found)
+    for block in plan.blocks:
+        doses = {name: plan.teachers[name].scrambled for name in block.teachers if _only_scrambled(plan, name)}
+        if len(set(doses.values())) > 2:
+            _draw_doses(results, block.name, doses, folder / f"dose-{_file(block.name)}.png")
+        _draw_front(results, block.name, folder / f"front-{_file(block.name)}.png")
+
+
+def _only_scrambled(plan: Plan, name: str) -> bool:
+    teacher = plan.teachers[name]
+    return teacher.base == type(teacher)() and teacher.top_k is None
+
+
+def _file(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
+
+
+def _style(plan: Plan, method: str) -> dict[str, Any]:
+    import matplotlib.pyplot as plt
+
+    place = list(plan.methods).index(method)
+    return {"color": plt.colormaps["tab20"](place % 20), "marker": _MARKS[place % len(_MARKS)], "label": method}
+
+
+def _draw_doses(results: Results, block: str, doses: dict[str, float], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    groups = [(cell, cells) for cell, cells in results.groups() if cell.block == block and cell.teacher in doses]
+    starts = list(dict.fromkeys(cell.start for cell, _ in groups))
+    size = (3.1 * len(_DOSED), 2.9 * len(starts) + 1.2)
+    figure, axes = plt.subplots(len(starts), len(_DOSED), figsize=size, squeeze=False, layout="constrained", sharex=True)
+    for line, start in zip(axes, starts, strict=True):
+        for axis, measure in zip(line, _DOSED, strict=True):
+            for method in results.plan.methods:
+                points = sorted(
+                    (doses[cell.teacher], *interval(list(results.values(own, measure).values())))
+                    for cell, cells in groups
+                    if cell.start == start
+                    for own in cells
+                    if own.method == method
+                )
+                if points:
+                    x, y, half = zip(*points, strict=True)
+                    axis.errorbar(
+                        [100 * v for v in x],
+                        y,
+                        yerr=half,
+                        capsize=2,
+                        linewidth=1.2,
+                        markersize=4,
+                        **_style(results.plan, method),
+                    )
+            name, more = MEASURES[measure]
+            axis.set_title(f"{name} ({'more' if more else 'less'} is better)", fontsize=9)
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel(f"start: {start}")
+    for axis in axes[-1]:
+        axis.set_xlabel("teacher scrambled at … % of positions")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_front(results: Results, block: str, path: Path) -> None:
+    """NLL against α, one panel a cell: up and to the left is better at both aims."""
+    import matplotlib.pyplot as plt
+
+    groups = [(cell, cells) for cell, cells in results.groups() if cell.block == block]
+    columns = min(4, len(groups))
+    lines = -(-len(groups) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 3.1 * lines + 1), squeeze=False, layout="constrained")
+    flat = axes.flatten()
+    for axis, (cell, cells) in zip(flat, groups, strict=False):
+        points = {own: (_centre(results, own, "nll"), _centre(results, own, "alpha")) for own in cells}
+        for own, (x, y) in points.items():
+            axis.plot(x, y, linestyle="", markersize=7, **_style(results.plan, own.method))
+        front = front_of(list(points.values()))
+        axis.plot(*zip(*front, strict=True), color="gray", linewidth=0.8, zorder=0)
+        axis.set_title(f"{cell.start}, {cell.teacher}, {cell.data}", fontsize=8)
+        axis.set_xlabel("NLL (left is better)", fontsize=8)
+        axis.set_ylabel("α (up is better)", fontsize=8)
+        axis.grid(alpha=0.3)
+    for axis in flat[len(groups) :]:
+        axis.remove()
+    named = {
+        label: handle for axis in flat[: len(groups)] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _centre(results: Results, cell: Cell, measure: str) -> float:
+    return interval(list(results.values(cell, measure).values()))[0]
+
+
+def front_of(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other point beats in both: less of the first and more of the second, in the order of the first."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(set(points), key=lambda p: (p[0], -p[1])):
+        if not found or point[1] > found[-1][1]:
+            found.append(point)
+    return found

@@ -1,0 +1,209 @@
+"""Runs what a plan asks for and is not there yet, by several processes; a killed benchmark goes on where it was."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from threading import Thread
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from speckd.bench import makers, worker
+from speckd.bench.plan import TUNED_BY, Block, Cell, Plan, Run, Teacher
+from speckd.errors import SpeckdError
+from speckd.quickstart.models import quiet_loading
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run's cell, seed and what came of it. `learning_rate`: the one that tuning chose."""
+
+    cell: Cell
+    seed: int
+    learning_rate: float
+    steps: int
+    outcome: dict[str, Any]
+
+
+def run_all(plan: Plan, folder: Path, workers: int, console: Console) -> list[Found]:
+    """Everything that the plan asks for, in its order.
+
+    Raises:
+        SpeckdError: some runs failed; all others are kept.
+    """
+    for method in plan.methods.values():
+        worker.objective_of(method)  # refuses a wrong setting before anything is trained
+    cells = list(plan.cells())
+    made = folder / "made"
+    tuning = list(_tuning_runs(plan, cells))
+    with _Pool(folder, workers, console) as pool:
+        pool.all("teachers", _made_first(plan, cells), made)
+        pool.all("starts", _starts([run for _, run in tuning] + [plan.run(b, c, s, 0.0) for b, c, s in _seeds(cells)]), made)
+        tuned = pool.all("learning rates", [run for _, run in tuning], made) if len(plan.learning_rates) > 1 else {}
+        rates = _chosen(plan, tuning, tuned)
+        wanted = {(c, s): plan.run(b, c, s, b.learning_rate or rates[_tuned(plan, c)]) for b, c, s in _seeds(cells)}
+        done = pool.all("runs", list(wanted.values()), made)
+    return [Found(cell, seed, run.learning_rate, run.steps, done[run.key]) for (cell, seed), run in wanted.items()]
+
+
+def _seeds(cells: Sequence[tuple[Block, Cell]]) -> Iterable[tuple[Block, Cell, int]]:
+    """Seed by seed, so that a table of a few seeds is soon there."""
+    for seed in range(max(block.seeds for block, _ in cells)):
+        for block, cell in cells:
+            if seed < block.seeds:
+                yield block, cell, seed
+
+
+def _tuned(plan: Plan, cell: Cell) -> Cell:
+    """The cell that a learning rate is chosen for: whatever block asks."""
+    return replace(plan.tuning_cell(cell), block="")
+
+
+def _tuning_runs(plan: Plan, cells: Sequence[tuple[Block, Cell]]) -> Iterable[tuple[Cell, Run]]:
+    seen: set[Cell] = set()
+    for block, cell in cells:
+        own = _tuned(plan, cell)
+        if own in seen or block.learning_rate is not None:
+            continue
+        seen.add(own)
+        for rate in plan.learning_rates:
+            for seed in plan.tuning_seeds:
+                yield own, plan.run(block, replace(own, block=block.name), seed, rate, split="validation")
+
+
+def _chosen(plan: Plan, tuning: Sequence[tuple[Cell, Run]], done: dict[str, Any]) -> dict[Cell, float]:
+    """For each cell the rate that is best on the validation tasks, in the measure of the method's aim."""
+    found: dict[Cell, float] = {}
+    for cell in dict.fromkeys(cell for cell, _ in tuning):
+        if len(plan.learning_rates) == 1:
+            found[cell] = plan.learning_rates[0]
+            continue
+        name, more = TUNED_BY[plan.methods[cell.method].aim]
+        score = {
+            rate: mean(done[run.key]["measures"][name] for c, run in tuning if c == cell and run.learning_rate == rate)
+            for rate in plan.learning_rates
+        }
+        found[cell] = (max if more else min)(score, key=score.__getitem__)
+    return found
+
+
+def _made_first(plan: Plan, cells: Sequence[tuple[Block, Cell]]) -> list[Run]:
+    """One run for each thing that several need, with no method: the teachers' models and answers."""
+    needed = {(plan.teachers[cell.teacher].base, cell.data) for _, cell in cells} | {(Teacher(), "dataset")}
+    return [
+        Run(plan.world, 0, 0, None, teacher, data, split=split) for teacher, data in needed for split in ("test", "validation")
+    ]
+
+
+def _starts(runs: Iterable[Run]) -> list[Run]:
+    found = {(run.seed, run.start_steps): Run(run.world, run.seed, run.start_steps) for run in runs if run.start_steps}
+    return list(found.values())
+
+
+# ---- in a worker -------------------------------------------------------------------------------------------------------------
+
+
+def _begin(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    quiet_loading()
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed tells nobody: what its workers still had to do would go on behind its back."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _work(stage: str, run: Run, made: Path, path: Path) -> dict[str, Any]:
+    outcome: dict[str, Any] = {}
+    if stage == "teachers":
+        makers.teacher_model(run.world, run.teacher, made)
+        makers.teacher_texts(run.world, run.split, made)
+        if run.data != "student text":
+            makers.stored_answers(run.world, run.teacher, run.data == "teacher text", made)
+    elif stage == "starts":
+        makers.starting_student(run, made)
+    else:
+        outcome = worker.train_and_measure(run, made)
+    _keep(path, outcome)
+    return outcome
+
+
+def _keep(path: Path, outcome: dict[str, Any]) -> None:
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    unfinished.write_text(json.dumps(outcome))
+    unfinished.rename(path)
+
+
+# ---- the parent --------------------------------------------------------------------------------------------------------------
+
+
+class _Pool:
+    """Worker processes, and the folder in which each run's outcome is kept under its key."""
+
+    def __init__(self, folder: Path, workers: int, console: Console) -> None:
+        self.kept, self.console, self.workers = folder / "runs", console, workers
+        self.kept.mkdir(parents=True, exist_ok=True)
+        for left in self.kept.glob("*.unfinished"):
+            left.unlink()
+
+    def __enter__(self) -> "_Pool":
+        self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:
+            for process in multiprocessing.active_children():
+                process.kill()  # what they made counts only when it is renamed
+
+    def all(self, stage: str, runs: Sequence[Run], made: Path) -> dict[str, dict[str, Any]]:
+        """Outcomes by key; those that are there are read.
+
+        Raises:
+            SpeckdError: the first failure, after all others have been run.
+        """
+        paths = {run.key: self.kept / f"{'' if stage in ('runs', 'learning rates') else 'made-'}{run.key}.json" for run in runs}
+        missing = {run.key: run for run in runs if not paths[run.key].exists()}
+        failed: list[str] = []
+        with self._progress() as progress:
+            bar = progress.add_task(stage, total=len(paths), completed=len(paths) - len(missing))
+            waiting = {self.pool.submit(_work, stage, run, made, paths[key]): run for key, run in missing.items()}
+            while waiting:
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    run = waiting.pop(future)
+                    error = future.exception()
+                    if error is not None:
+                        failed.append(
+                            f"{run.method}, {run.teacher}, {run.data}, seed {run.seed}: {type(error).__name__}: {error}"
+                        )
+                        self.console.print(f"failed: {failed[-1]}", markup=False)
+                    progress.advance(bar)
+        if failed:
+            raise SpeckdError(
+                f"{len(failed)} of {len(paths)} {stage} failed, first {failed[0]}", "The same command tries them again"
+            )
+        return {key: json.loads(path.read_text()) for key, path in paths.items()}
+
+    def _progress(self) -> Progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        return Progress(*columns, console=self.console)

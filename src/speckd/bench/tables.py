@@ -1,0 +1,174 @@
+"""What a benchmark found, as Markdown: means, paired differences from the references, and each method's tally of cells."""
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import mean
+
+from speckd.bench.plan import Cell, Plan
+from speckd.bench.runner import Found
+from speckd.bench.statistics import Difference, holm, interval, paired, two_level
+
+#: measure -> (its name in the tables, is more better?)
+MEASURES = {
+    "nll": ("NLL", False),
+    "accuracy": ("accuracy", True),
+    "ece": ("ECE", False),
+    "kl": ("KL", False),
+    "agreement": ("agreement", True),
+    "alpha": ("α", True),
+    "tau": ("τ", True),
+}
+#: What each aim is judged by.
+AIM_MEASURES = {"quality": ("nll", "accuracy", "ece"), "draft": ("alpha", "tau")}
+
+LEGEND = """\
+Held-out tasks, against the clean teacher, whatever teacher was trained with. NLL: nats a token of the tasks' own completions;
+accuracy: share of right answers, mean of the three families, programs run; ECE: expected calibration error of the most
+probable token, 15 bins; KL: nats a token, clean teacher to student; agreement of the two argmaxes; α = Σ min(p, q), a token;
+τ: tokens per teacher call, the student drafting 5 greedily. rate: the learning rate that tuning chose. TAR: share of training
+tokens that the method's own gate accepted. Means over seeds; ± and [ , ]: 95 % t-intervals over seeds, differences paired by
+seed; **bold**: the interval excludes 0; *: so it does after Holm's correction over the methods of the cell.
+"""
+
+
+class Results:
+    """The runs of a plan, by cell."""
+
+    def __init__(self, plan: Plan, found: Sequence[Found]) -> None:
+        self.plan = plan
+        self._runs: dict[Cell, dict[int, Found]] = {}
+        for one in found:
+            self._runs.setdefault(one.cell, {})[one.seed] = one
+
+    def groups(self) -> Iterator[tuple[Cell, list[Cell]]]:
+        """Cells that differ in the method alone, with who needs no teacher among them; by one cell that stands for them."""
+        seen: dict[tuple[str, str, str, str], list[Cell]] = {}
+        for cell in self._runs:
+            seen.setdefault((cell.block, cell.start, cell.data, cell.teacher), []).append(cell)
+        for cells in seen.values():
+            names = {cell.method for cell in cells}
+            shared = [c for c in self._teacherless(cells[0]) if c.method not in names]
+            order = list(self.plan.methods)
+            yield cells[0], sorted([*cells, *shared], key=lambda c: order.index(c.method))
+
+    def _teacherless(self, like: Cell) -> list[Cell]:
+        return [
+            c
+            for c in self._runs
+            if (c.block, c.start, c.data) == (like.block, like.start, like.data)
+            and not self.plan.methods[c.method].needs_teacher
+        ]
+
+    def values(self, cell: Cell, measure: str) -> dict[int, float]:
+        return {seed: one.outcome["measures"][measure] for seed, one in self._runs[cell].items()}
+
+    def right(self, cell: Cell) -> dict[int, str]:
+        return {seed: one.outcome["right"] for seed, one in self._runs[cell].items()}
+
+    def one(self, cell: Cell) -> Found:
+        return next(iter(self._runs[cell].values()))
+
+    def acceptance(self, cell: Cell) -> float:
+        rates = [run.outcome["training"].get("tar_micro", math.nan) for run in self._runs[cell].values()]
+        return mean(rates)
+
+    def against(self, cells: Sequence[Cell], reference: str, measure: str) -> dict[str, Difference]:
+        """By method, each minus the reference; empty where the reference is not among the cells."""
+        base = next((c for c in cells if c.method == reference), None)
+        if base is None:
+            return {}
+        other = self.values(base, measure)
+        return {c.method: paired(self.values(c, measure), other) for c in cells if c.method != reference}
+
+
+def markdown(plan: Plan, found: Sequence[Found]) -> str:
+    results = Results(plan, found)
+    parts = [LEGEND]
+    for block in plan.blocks:
+        tally = _tally(results, block.name)
+        budget = "steps; who asks no teacher trains for as much compute" if block.budget == "compute" else "steps"
+        parts.append(f"## {block.name}\n\n{block.seeds} seeds, {block.steps} {budget}.\n\n{tally}")
+        for cell, cells in results.groups():
+            if cell.block == block.name:
+                parts.append(_group(results, cell, cells))
+    return "\n\n".join(parts) + "\n"
+
+
+def _group(results: Results, cell: Cell, cells: Sequence[Cell]) -> str:
+    lines = [f"### {cell.start}, {cell.teacher}, {cell.data}\n", *_head(["method", "rate", "TAR"])]
+    for own in cells:
+        values = [_mean(list(results.values(own, name).values())) for name in MEASURES]
+        rate = results.acceptance(own)
+        shown = "–" if math.isnan(rate) else f"{rate:.2f}"
+        lines.append(f"| {own.method} | {results.one(own).learning_rate:.0e} | {shown} | {' | '.join(values)} |")
+    for reference in results.plan.references:
+        gaps = {name: results.against(cells, reference, name) for name in MEASURES}
+        if not gaps["nll"]:
+            continue
+        lines += [f"\nMinus {reference}:\n", *_head(["method"])]
+        adjusted = {name: dict(zip(found, holm([d.p for d in found.values()]), strict=True)) for name, found in gaps.items()}
+        for own in cells:
+            if own.method != reference:
+                shown_gaps = [_gap(gaps[name][own.method], adjusted[name][own.method]) for name in MEASURES]
+                lines.append(f"| {own.method} | {' | '.join(shown_gaps)} |")
+        lines.append(
+            f"\nAccuracy minus {reference}, bootstrap over seeds and problems: {_problems(results, cells, reference)}."
+        )
+    return "\n".join(lines)
+
+
+def _problems(results: Results, cells: Sequence[Cell], reference: str) -> str:
+    base = results.right(next(c for c in cells if c.method == reference))
+    found = []
+    for own in cells:
+        if own.method != reference:
+            low, high = two_level(results.right(own), base)
+            found.append(f"{own.method} [{low:+.3f}, {high:+.3f}]")
+    return "; ".join(found)
+
+
+def _head(first: list[str]) -> list[str]:
+    names = [*first, *(f"{name} {'↑' if more else '↓'}" for name, more in MEASURES.values())]
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def _mean(values: list[float]) -> str:
+    centre, half = interval(values)
+    return f"{centre:.3f}" + ("" if math.isnan(half) else f" ±{half:.3f}")
+
+
+def _gap(gap: Difference, adjusted: float) -> str:
+    if math.isnan(gap.low):
+        return f"{gap.mean:+.3f}"
+    clear = gap.low > 0 or gap.high < 0
+    shown = f"**{gap.mean:+.3f}**" if clear else f"{gap.mean:+.3f}"
+    return f"{shown} [{gap.low:+.3f}, {gap.high:+.3f}]{'*' if adjusted < 0.05 else ''}"
+
+
+# ---- who is worse anywhere? --------------------------------------------------------------------------------------------------
+
+
+def _tally(results: Results, block: str) -> str:
+    """For each method: in how many cells its interval lies on the worse, or the better, side of each reference."""
+    groups = [cells for cell, cells in results.groups() if cell.block == block]
+    columns = [(aim, reference) for aim in AIM_MEASURES for reference in results.plan.references]
+    head = ["method", *(f"{aim}, against {reference}" for aim, reference in columns)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for method in results.plan.methods:
+        own = [cells for cells in groups if any(c.method == method for c in cells)]
+        if own:
+            lines.append(f"| {method} | {' | '.join(_count(results, own, method, *column) for column in columns)} |")
+    names = "; ".join(f"{aim}: {', '.join(MEASURES[m][0] for m in own)}" for aim, own in AIM_MEASURES.items())
+    return "\n".join([*lines, f"\nWorse / alike / better, over cells and measures ({names}), by the unadjusted 95 % interval."])
+
+
+def _count(results: Results, groups: Sequence[list[Cell]], method: str, aim: str, reference: str) -> str:
+    verdicts = []
+    for cells in groups:
+        for measure in AIM_MEASURES[aim]:
+            gaps = results.against(cells, reference, measure)
+            if method in gaps:
+                verdicts.append(gaps[method].verdict(MEASURES[measure][1]))
+    if not verdicts:
+        return "–"
+    return " / ".join(str(verdicts.count(word)) for word in ("worse", "=", "better"))

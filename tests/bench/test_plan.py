@@ -1,0 +1,113 @@
+"""What a plan asks for, and what is refused."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from speckd.bench.plan import Plan, Run, Teacher, World, plan_of, plan_text, profiles, read_plan
+from speckd.bench.worker import objective_of
+from speckd.errors import ConfigError
+
+
+def small() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(plan_text(Path("smoke")))
+    return content
+
+
+@pytest.mark.parametrize("name", profiles())
+def test_every_shipped_profile_is_a_plan_whose_methods_exist(name: str) -> None:
+    plan = read_plan(Path(name))
+    assert list(plan.cells())
+    for method in plan.methods.values():
+        objective_of(method)
+
+
+def test_who_asks_no_teacher_is_run_once_and_an_oracle_only_where_something_is_scrambled() -> None:
+    cells = [cell for _, cell in plan_of(small()).cells() if cell.block == "headline"]
+    assert [cell.teacher for cell in cells if cell.method == "SFT"] == ["clean"]
+    assert {cell.teacher for cell in cells if cell.method == "oracle mask"} == {"scrambled 25 %", "scrambled 50 %"}
+    assert sum(cell.method == "ungated" for cell in cells) == 3
+
+
+def test_equal_compute_gives_the_steps_that_the_teachers_forward_would_have_cost() -> None:
+    plan = plan_of(small())
+    block = next(b for b in plan.blocks if b.budget == "compute")
+    student, teacher = 12 * 1 * 16**2, 12 * 4 * 144**2
+    assert plan.steps_of(block, plan.methods["SFT"]) == round(3 * (6 * student + 2 * teacher) / (6 * student))
+    assert plan.steps_of(block, plan.methods["ungated"]) == 3
+
+
+def test_a_run_is_known_by_everything_that_decides_it() -> None:
+    run = Run(World(), 0, 0)
+    others = [
+        dataclasses.replace(run, seed=1),
+        dataclasses.replace(run, teacher=Teacher(scrambled=0.1)),
+        dataclasses.replace(run, world=World(train=5)),
+        dataclasses.replace(run, learning_rate=0.1),
+        dataclasses.replace(run, split="validation"),
+    ]
+    assert len({r.key for r in [run, *others]}) == 6 and run.key == Run(World(), 0, 0).key
+
+
+def broken(path: str, value: Any) -> dict[str, Any]:
+    content = small()
+    place: Any = content
+    *above, last = path.split("/")
+    for step in above:
+        place = place[int(step) if step.isdigit() else step]
+    place[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("wurld", {}, "the plan: 'wurld' is not a key of it. Did you mean 'world'?"),
+        ("world/levl", 2, "world: 'levl' is not a key"),
+        ("world/level", 9, "level 9 does not exist"),
+        ("world/teacher", {"hidden": 8, "layers": 1, "heads": 1}, "teacher and teacher_trained go together"),
+        ("teachers/clean", {"scrambled": 2}, "teachers: clean: scrambled is 2"),
+        ("teachers/clean", {"bits": 1}, "bits is 1"),
+        (
+            "teachers/clean",
+            {"trained": {"steps": 3, "families": ["maths"]}},
+            "'maths' is not a family of tasks. Did you mean 'math'?",
+        ),
+        ("teachers/clean", {"shape": {"hidden": 8, "layers": 1, "heads": 1}}, "a shape without trained"),
+        ("teachers/clean", {"shape": {"hidden": 8}, "trained": {"steps": 3}}, "missing 2 required"),
+        ("methods/SFT", {"aim": "speed"}, "aim is 'speed'"),
+        ("blocks/0/methods", ["ungated", "trsut"], "blocks: headline: methods: 'trsut' is not there. Did you mean 'trust'?"),
+        ("blocks/0/teachers", ["nobody"], "'nobody' is not there"),
+        ("blocks/0/data", ["tape"], "data: 'tape' is not there"),
+        ("blocks/0/seeds", 0, "seeds 0"),
+        ("blocks/0/budget", "money", "budget is 'money'"),
+        ("blocks/1/name", "headline", "two have the same name"),
+        ("tuned_with", {"clean": "nobody"}, "'nobody' is not a teacher"),
+        ("references", ["nobody"], "'nobody' is not a method"),
+    ],
+)
+def test_a_wrong_plan_is_refused_in_one_line(path: str, value: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_of(broken(path, value))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_wrong_method_is_refused_before_anything_is_trained() -> None:
+    for spec, said in (({"gaet": "none"}, "gaet"), ({"gate": "tap_k"}, "'tap_k' is not a gate")):
+        plan = plan_of(broken("methods/ungated", spec))
+        with pytest.raises(ConfigError, match=said):
+            objective_of(plan.methods["ungated"])
+
+
+def test_a_plan_that_is_nowhere() -> None:
+    with pytest.raises(ConfigError, match="there is no plan nowhere"):
+        read_plan(Path("nowhere"))
+
+
+def test_plans_are_frozen() -> None:
+    assert isinstance(plan_of(small()), Plan)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan_of(small()).world.level = 1  # type: ignore[misc]

@@ -1,0 +1,199 @@
+"""A benchmark end to end on the smallest plan: killed and gone on with, honest tables, and each condition what it says."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from speckd.bench import makers, worker
+from speckd.bench.oracle import Oracle
+from speckd.bench.plan import Method, Run, Shape, Teacher, TrainedOn, World, plan_of
+from speckd.bench.runner import Found
+from speckd.bench.tables import MEASURES, Results, markdown
+from speckd.cli import main
+from speckd.quickstart.data import collate
+from speckd.teachers import ScrambledTeacher
+
+WORLD: dict[str, Any] = {
+    "train": 24,
+    "validation": 6,
+    "test": 9,
+    "batch_size": 4,
+    "max_new_tokens": 8,
+    "student": {"hidden": 8, "layers": 1, "heads": 1},
+}
+PLAN: dict[str, Any] = {
+    "world": WORLD,
+    "starts": {"warm": 2},
+    "teachers": {"clean": {}, "half": {"scrambled": 0.5}},
+    "methods": {"SFT": {"label_loss_weight": 1}, "ungated": {"gate": "none"}, "trust": {"gate": "trust", "rejected": "label"}},
+    "blocks": [
+        {
+            "name": "b",
+            "starts": ["warm"],
+            "teachers": ["clean", "half"],
+            "methods": ["SFT", "ungated", "trust"],
+            "seeds": 2,
+            "steps": 2,
+        }
+    ],
+}
+SMALL = World(train=24, validation=6, test=9, batch_size=4, max_new_tokens=8, student=Shape(8, 1, 1), refresh=2)
+
+
+def outcomes(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def running_still(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_killed_benchmark_goes_on_to_the_same_results(tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    plan.write_text(yaml.safe_dump(PLAN))
+    command = [sys.executable, "-m", "speckd", "bench", str(plan), "--output_dir", str(out), "--workers", "1"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 200
+    while len(list((out / "runs").glob("[0-9a-f]*.json"))) < 3 and running.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    workers = psutil.Process(running.pid).children(recursive=True)
+    running.kill()
+    running.wait()
+    until = time.monotonic() + 60
+    while running_still(workers) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert workers
+    assert not running_still(workers)  # they end with their parent
+    kept = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("[0-9a-f]*.json")}
+    assert 3 <= len(kept) < 10 and not (out / "results.jsonl").exists()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    found = outcomes(out)
+    assert len(found) == 10
+    run = Run(
+        SMALL.__class__(**{**WORLD, "student": Shape(8, 1, 1)}),
+        1,
+        2,
+        Method({"gate": "trust", "rejected": "label"}),
+        Teacher(scrambled=0.5),
+        "dataset",
+        2,
+        2e-3,
+    )
+    alone = worker.train_and_measure(run, tmp_path / "made")
+    same = next(o for o in found if (o["seed"], o["cell"]["teacher"], o["cell"]["method"]) == (1, "half", "trust"))
+    assert same["measures"] == alone["measures"] and same["right"] == alone["right"]
+    assert (out / "dose-b.png").exists() is False and (out / "front-b.png").exists()  # two doses are no curve
+    assert "### warm, half, dataset" in (out / "tables.md").read_text()
+
+
+def test_the_tables_say_what_the_runs_say() -> None:
+    plan = plan_of(PLAN)
+    found = [
+        Found(
+            cell,
+            seed,
+            2e-3,
+            2,
+            outcome(0.5 + 0.1 * (cell.method == "trust") + 0.01 * seed, "11000" if cell.method == "trust" else "10000"),
+        )
+        for _, cell in plan.cells()
+        for seed in range(2)
+    ]
+    results = Results(plan, found)
+    (_, first), (_, second) = results.groups()
+    assert [c.method for c in first] == [c.method for c in second] == ["SFT", "ungated", "trust"]
+    gap = results.against(first, "ungated", "nll")["trust"]
+    assert gap.mean == pytest.approx(0.1) and gap.verdict(False) == "worse" and gap.verdict(True) == "better"
+    text = markdown(plan, found)
+    assert "| trust | 4 / 0 / 2 | 4 / 0 / 2 | 0 / 0 / 4 | 0 / 0 / 4 |" in text  # NLL and ECE worse, accuracy better; two cells
+    assert "**+0.100** [+0.100, +0.100]*" in text
+    assert "trust [+0.000, +0.500]" in text
+
+
+def outcome(value: float, right: str) -> dict[str, Any]:
+    return {"measures": dict.fromkeys(MEASURES, value), "right": right, "training": {"tar_micro": 1.0}, "seconds": 1.0}
+
+
+def test_the_oracle_knows_where_the_teacher_is_scrambled(tmp_path: Path) -> None:
+    run = Run(SMALL, 3, 0, Method({"gate": "none", "rejected": "mask"}, oracle=True), Teacher(scrambled=0.5), steps=1)
+    batch, _, teacher, rows = next(worker._batches(None, run, tmp_path))
+    assert isinstance(teacher, ScrambledTeacher)
+    wrong = teacher.scrambled(rows.index)
+    gate = worker.objective_of(run.method, run).gate  # type: ignore[arg-type]
+    assert isinstance(gate, Oracle) and 0.2 < float(wrong.double().mean()) < 0.8
+    from speckd.types import Rows
+
+    signal_of = teacher.signal(rows.index)
+    seen = Rows.of(signal_of, signal_of, rows.labels, rows.keys)
+    assert torch.equal(gate(seen) == 0, wrong)
+    assert batch.input_ids.shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        Teacher(),
+        Teacher(top_k=5),
+        Teacher(bits=3),
+        Teacher(prefix="result : buys"),
+        Teacher(trained=TrainedOn(2, label_noise=0.5)),
+        Teacher(shape=Shape(8, 1, 1), trained=TrainedOn(2, families=("math",))),
+    ],
+)
+def test_a_stored_teacher_answers_as_the_model_does(tmp_path: Path, teacher: Teacher) -> None:
+    """Each supervised token's logits, looked up through batches, are those of the model on the text as the teacher sees it."""
+    run = Run(SMALL, 0, 0, Method({"gate": "none"}), teacher, steps=2)
+    model = makers.teacher_model(SMALL, teacher.base, tmp_path)
+    plain = makers.teacher_model(SMALL, Teacher(), tmp_path)
+    tasks = {e.sample: e for e in makers.training_tasks(SMALL)}
+    for batch, _, answers, rows in worker._batches(None, run, tmp_path):
+        signal_of = answers.signal(rows.index)
+        for line in range(len(batch.input_ids)):
+            task = makers.shown(tasks[int(batch.sample_ids[line, 0])], teacher.prefix)
+            own = (rows.index // batch.input_ids.shape[1] == line).nonzero()[:, 0]
+            ids, mask = collate([task], 0)
+            with torch.no_grad():
+                wanted = model(ids.input_ids, attention_mask=mask).logits[0, task.prompt_length - 1 : -1].log_softmax(-1)
+            labels = rows.labels[own]
+            assert torch.allclose(
+                signal_of.label_log_prob(rows.labels)[own], wanted.gather(-1, labels[:, None])[:, 0], atol=1e-4
+            )
+    changed = any(not torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=False))
+    assert changed == (teacher.base.trained is not None or teacher.bits is not None)
+
+
+@pytest.mark.parametrize("data", ["teacher text", "student text"])
+def test_written_text_is_trained_on_with_its_writers_words_as_labels(tmp_path: Path, data: str) -> None:
+    run = Run(SMALL, 0, 2, Method({"gate": "none"}), Teacher(), data, steps=4, learning_rate=1e-3)
+    student = makers.starting_student(run, tmp_path)
+    for batch, _, answers, rows in worker._batches(student, run, tmp_path):
+        assert torch.equal(batch.labels[batch.labels >= 0], batch.input_ids[batch.labels >= 0])
+        assert bool(torch.isfinite(answers.signal(rows.index).label_log_prob(rows.labels)).all())
+    again = [b[0].input_ids for b in worker._batches(student, run, tmp_path)]
+    assert all(torch.equal(a, b[0].input_ids) for a, b in zip(again, worker._batches(student, run, tmp_path), strict=True))
+
+
+def test_rounding_to_few_bits_leaves_few_values(tmp_path: Path) -> None:
+    model = makers.teacher_model(SMALL, Teacher(bits=3), tmp_path)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert len(weight[0, :32].unique()) <= 2**3 - 1
+
+
+def test_a_plan_with_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        yaml.safe_dump({**PLAN, "methods": {"SFT": {"label_loss_weight": 1}, "ungated": {"gate": "nothing"}, "trust": {}}})
+    )
+    assert main(["bench", str(plan), "--output_dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "'nothing' is not a gate" in said and not (tmp_path / "out").exists()
