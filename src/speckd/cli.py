@@ -270,7 +270,6 @@ def _last_words(error: Exception) -> str:
         return f"error: {error}"
     reason = (str(error).strip().splitlines() or [""])[0][:300]
     if type(error).__name__ == "OutOfMemoryError":
-        return (
-            "error: out of memory. Lower per_device_train_batch_size, max_length or loss_memory_budget (evaluate: batch_size)"
-        )
+        lower = "per_device_train_batch_size, max_length or loss_memory_budget (of an evaluation, batch_size)"
+        return f"error: out of memory. Lower {lower}"
     return f"internal error: {type(error).__name__}: {reason}. This is not your mistake: --debug shows where, please report it"

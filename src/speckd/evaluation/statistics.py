@@ -1,13 +1,14 @@
 """From numbers of single examples to a metric with its 95 % interval: examples are resampled, never tokens."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from speckd.box import pass_at_k
 
@@ -95,17 +96,19 @@ def interval(statistic: Callable[[Array], Array], matrix: Array, seed: int) -> t
     rows = len(matrix)
     if rows < 2 or _finite(statistic(matrix)) is None:
         return None, None
-    found = bootstrap(
-        (np.arange(rows),),
-        lambda index, axis: statistic(matrix[np.moveaxis(np.asarray(index), axis, -1)]),
-        n_resamples=RESAMPLES,
-        batch=max(1, _HELD // matrix.size),
-        vectorized=True,
-        axis=-1,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    with warnings.catch_warnings():  # of resamples in which nothing is to be divided by: there is no interval then
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        found = bootstrap(
+            (np.arange(rows),),
+            lambda index, axis: statistic(matrix[np.moveaxis(np.asarray(index), axis, -1)]),
+            n_resamples=RESAMPLES,
+            batch=max(1, _HELD // matrix.size),
+            vectorized=True,
+            axis=-1,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
     return _finite(found.low), _finite(found.high)
 
 
