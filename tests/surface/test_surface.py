@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_names_are_frozen() -> None:
     assert recipe_names() == (
-        "abkd akl distillm distillm-2 distillspec draft gkd imitkd jsd kd label-ratio lk-alpha lk-hybrid "
-        "minillm paper-v1 paper-v2-spec paper-v2-top-k reverse-kl seqkd sft skd speckd taid todi top-k-label total-variation trust ungated".split()
+        "abkd akl distillm distillm-2 distillspec draft gkd imitkd jsd kd label-ratio lk-alpha lk-hybrid minillm paper-v1 "
+        "paper-v2-spec paper-v2-top-k reverse-kl seqkd sft skd speckd taid todi top-k-label total-variation trust "
+        "ungated".split()
     )
     assert sorted(GATES) == (
         "entropy_gap entropy_weight excess_divergence excess_label_loss expected_spec hellinger inverted label_in_top_k "
