@@ -21,6 +21,9 @@ MEASURES = {
 #: What each aim is judged by.
 AIM_MEASURES = {"quality": ("nll", "accuracy", "ece"), "draft": ("alpha", "tau")}
 
+#: In what the oracle's gain is shared out.
+_GAINS = ("nll", "kl", "alpha", "tau")
+
 LEGEND = """\
 Held-out tasks, against the clean teacher, whatever teacher was trained with. NLL: nats a token of the tasks' own completions;
 accuracy: share of right answers, mean of the three families, programs run; ECE: expected calibration error of the most
@@ -114,7 +117,30 @@ def _group(results: Results, cell: Cell, cells: Sequence[Cell]) -> str:
         lines.append(
             f"\nAccuracy minus {reference}, bootstrap over seeds and problems: {_problems(results, cells, reference)}."
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_oracle_shares(results, cells)])
+
+
+def _oracle_shares(results: Results, cells: Sequence[Cell]) -> list[str]:
+    """What part of the oracle's gain over the first reference each method has, where there is an oracle."""
+    oracle = next((c for c in cells if results.plan.methods[c.method].oracle), None)
+    base = next((c for c in cells if c.method == results.plan.references[0]), None)
+    if oracle is None or base is None:
+        return []
+    said = []
+    for own in cells:
+        if own not in (oracle, base):
+            parts = [f"{MEASURES[name][0]} {gain_share(results, own, oracle, base, name)}" for name in _GAINS]
+            said.append(f"{own.method}: {', '.join(parts)}")
+    return [f"\nShare of the oracle's gain over {base.method} (lowest seed to highest): {'; '.join(said)}."]
+
+
+def gain_share(results: Results, own: Cell, oracle: Cell, base: Cell, measure: str) -> str:
+    """In per cent: of the means over seeds, and the range over seeds."""
+    values, best, start = (results.values(cell, measure) for cell in (own, oracle, base))
+    seeds = sorted(values.keys() & best.keys() & start.keys())
+    each = [(values[s] - start[s]) / (best[s] - start[s]) for s in seeds if best[s] != start[s]]
+    gain, whole = sum(values[s] - start[s] for s in seeds), sum(best[s] - start[s] for s in seeds)
+    return f"{100 * gain / whole:.0f} % ({100 * min(each):.0f} to {100 * max(each):.0f})" if each and whole else "–"
 
 
 def _problems(results: Results, cells: Sequence[Cell], reference: str) -> str:
