@@ -7,10 +7,8 @@ from datasets import Dataset
 
 from speckd.collation import SAMPLE
 from speckd.errors import DataError
-from speckd.step_lines import write_of_step
+from speckd.step_lines import BY_TASK, write_of_step
 from speckd.trainer import SpecKDTrainer
-
-FILE = "by_task.jsonl"
 
 
 def tasks_of(data: Dataset, column: str | None) -> list[str] | None:
@@ -39,7 +37,7 @@ def measure_by_task(trainer: SpecKDTrainer, folder: Path) -> None:
         own.setdefault(tasks[samples[0]], []).append(place)
     found = [{"task": task, **_measured(trainer, trainer.eval_dataset.select(places))} for task, places in sorted(own.items())]
     if trainer.is_world_process_zero():
-        write_of_step(folder / FILE, trainer.state.global_step, found)
+        write_of_step(folder / BY_TASK, trainer.state.global_step, found)
 
 
 def _measured(trainer: SpecKDTrainer, data: Dataset) -> Mapping[str, float]:

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config
 
-from speckd.by_task import FILE as BY_TASK
 from speckd.by_task import measure_by_task, tasks_of
 from speckd.checks import (
     OWN_FILES,
@@ -38,9 +37,9 @@ from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.recipe_book import DEFAULT_RECIPE
 from speckd.settings import METHOD_KEYS, Settings, load_settings, student_options
+from speckd.step_lines import BY_TASK, TOKENS
 from speckd.teacher_sources import remember_servers, require_ready, source_elsewhere, source_named
 from speckd.teachers.sharding import size as parameter_size
-from speckd.token_record import FILE as TOKENS
 from speckd.token_record import TokenRecord
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log

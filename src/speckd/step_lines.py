@@ -6,6 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+#: Of a run: some samples token by token (`token_record`), and held-out measures of each task (`by_task`).
+TOKENS, BY_TASK = "tokens.jsonl", "by_task.jsonl"
+#: Of TOKENS.
+TOKENS_FORMAT = 1
+
 
 def write_of_step(path: Path, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
     """Adds a step's lines, which all get its number as `step`; whole or not at all."""

@@ -18,15 +18,13 @@ from speckd.divergences import forward_kl
 from speckd.engine import LossOutput, distillation_loss
 from speckd.errors import SpeckdError
 from speckd.looking import Chunk, Looked, look
-from speckd.step_lines import write_of_step
+from speckd.step_lines import TOKENS, TOKENS_FORMAT, write_of_step
 from speckd.support import shared_support
 from speckd.trainer import SpecKDTrainer
 from speckd.types import BatchGate, DenseSignal, TeacherSignal, TopKSignal, notation_of
 
 logger = logging.getLogger(__name__)
 
-FILE = "tokens.jsonl"
-FORMAT = 1
 #: Of one sample: tokens before the first supervised one, supervised and later ones, and the teacher's favourites of each.
 _CONTEXT, _TOKENS, _FAVOURITES = 128, 512, 5
 #: Tokens before one that decide which blanks it adds.
@@ -46,7 +44,7 @@ class TokenRecord:
     """
 
     def __init__(self, trainer: SpecKDTrainer, folder: Path, samples: int) -> None:
-        self._trainer, self._path = trainer, folder / FILE
+        self._trainer, self._path = trainer, folder / TOKENS
         self._held_out = trainer.eval_dataset is not None
         self._asked = _spread(_data(trainer), samples) if samples and trainer.source is not None else []
 
@@ -74,7 +72,7 @@ class TokenRecord:
         assert source is not None
         gate = trainer.objective.gate
         head = {
-            "format": FORMAT,
+            "format": TOKENS_FORMAT,
             "row": one.row,
             "data": "held out" if self._held_out else "training",
             "task": None if trainer.tasks is None else trainer.tasks[one.row - 1],
