@@ -22,6 +22,7 @@ from speckd.config import mapping, nearest
 from speckd.errors import ConfigError, DataError
 from speckd.gates import Inverted, LabelInTopK, MatchedRandom, TopK, TwoSided
 from speckd.settings import Settings
+from speckd.step_lines import BY_TASK, TOKENS
 from speckd.student_servers import WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ _LEFT_BY_A_FAILED_RUN = {
     "config.yaml",
     "training_log.jsonl",
     "runs",
-    "tokens.jsonl",
-    "by_task.jsonl",
+    TOKENS,
+    BY_TASK,
     CANARY,
     WEIGHTS,
     OWN_FILES,

@@ -190,7 +190,7 @@ def _token(line: Fields) -> Token:
     known = (line.text("text"), line.whole("position"), line.truth("supervised"))
     if not line.truth("supervised"):
         return Token(*known)
-    numbers = {name: line.maybe_number(name) for name in _NUMBERS}
+    numbers: Any = {name: line.maybe_number(name) for name in _NUMBERS}
     proposal, favourites = line.maybe_text("proposal_text"), _favourites(line)
     return replace(Token(*known, proposal, favourites=favourites), **numbers)
 
