@@ -177,7 +177,7 @@ def _tokens(tokenizer: Any, one: Wanted, columns: dict[str, list[Any]]) -> Any:
         number = supervised.get(position)
         if number is not None:
             token |= {name: values[number] for name, values in columns.items()}
-            token["proposal_text"] = _text(tokenizer, token["proposal"])
+            token["token_text"], token["proposal_text"] = (_text(tokenizer, i) for i in (ids[position], token["proposal"]))
             if token["favourites"] is not None:
                 token["favourites"] = [[i, _text(tokenizer, i), p] for i, p in token["favourites"]]
         yield {**token, "supervised": number is not None}

@@ -47,6 +47,7 @@ class Page:
         self._waiting, self._number, self._session = b"", 0, ""
         target = next(t for t in self._call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         self._session = self._call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        self._call("Emulation.setFocusEmulationEnabled", enabled=True)
         for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
             self._call(f"{domain}.enable")
 

@@ -99,8 +99,8 @@ def _put(output: Path, page: str, figures: Sequence[Chart]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        for chart in figures:
-            (unfinished / chart.file).write_bytes(chart.light)
+        for picture in (picture for chart in figures for picture in chart.pictures):
+            (unfinished / picture.file).write_bytes(picture.light)
         (unfinished / PAGE).write_text(page, encoding="utf-8")
         os.chmod(unfinished, 0o755)
         old = unfinished.with_name(f"{unfinished.name}-old")

@@ -20,9 +20,11 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 
 _MARKERS = "osD^vPX*"
 _ON_LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C6BB1")
 _ON_DARK = ("#56B4E9", "#F0955A", "#2BC49A", "#DE9CC0", "#0F8FD6", "#E8B84A", "#A0A0A0", "#B39AD4")
-_NAME = 34
+_NAME = 44
 #: Rows of a table; panels of one picture.
 _MOST_ROWS, _MOST_PANELS = 40, 6
+#: Lines of which an alternative text speaks.
+_SAID = 8
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,22 @@ class DataTable:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """`file`: its name in the report's folder; `alt`: what it shows, in words and numbers; `note`: what is divided by what."""
+class Picture:
+    """One set of axes as PNGs. `file`: its name in the report's folder; `alt`: what it shows, in words and numbers."""
 
     file: str
-    title: str
     alt: str
-    note: str
     light: bytes
     dark: bytes
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Pictures of one thing, and the numbers behind them. `note`: what is divided by what."""
+
+    title: str
+    note: str
+    pictures: tuple[Picture, ...]
     table: DataTable
 
 
@@ -104,22 +113,27 @@ def _loss(several: Sequence[Group], shown: Shown) -> Chart | None:
         "The objective's own loss: its sum over supervised tokens, divided by what the normalizer says; training: mean over "
         "the steps since the line before. Objectives that weigh tokens differently are not to be compared by it."
     )
-    return _chart("loss.png", "Loss", note, panels, shown)
+    return _chart("loss", "Loss", note, panels, shown)
 
 
 def _tar(several: Sequence[Group], shown: Shown) -> Chart | None:
     panels = (
-        Panel("training batches, by the own gate", "optimizer step", "TAR", _curves(several, "tar"), rate=True),
+        Panel("training batches, the run’s own gate", "optimizer step", "TAR", _curves(several, "tar"), rate=True),
         Panel("held out, Top-5 rule for all", "optimizer step", "TAR", _curves(several, "eval_tar"), rate=True),
     )
     note = (
         "TAR: the mean over sequences of the accepted fraction of their supervised tokens. A gate that accepts all has 1 in "
         "training; the held-out rule is the same for every run."
     )
-    return _chart("tar.png", "Token acceptance rate", note, panels, shown)
+    return _chart("tar", "Token acceptance rate", note, panels, shown)
 
 
-_OUTCOMES = {"divergence_accepted": "accepted", "divergence_rejected": "rejected", "divergence": "all where computed"}
+#: With the number of its style; the last one lies behind the others.
+_OUTCOMES = {
+    "divergence": ("all where computed", 6),
+    "divergence_accepted": ("accepted", 0),
+    "divergence_rejected": ("rejected", 1),
+}
 
 
 def _divergence(several: Sequence[Group], shown: Shown) -> Chart | None:
@@ -127,7 +141,7 @@ def _divergence(several: Sequence[Group], shown: Shown) -> Chart | None:
     for group in several[:_MOST_PANELS]:
         lines = [
             _curve(name, group.runs, key, style)
-            for style, (key, name) in enumerate(_OUTCOMES.items())
+            for key, (name, style) in _OUTCOMES.items()
             if any(run.series(key)[0] for run in group.runs)
         ]
         panels.append(Panel(group.name, "optimizer step", "divergence (nats a token)", tuple(lines)))
@@ -136,7 +150,7 @@ def _divergence(several: Sequence[Group], shown: Shown) -> Chart | None:
         "The objective's divergence before any weight, per supervised token where it was computed (a masked token's is not), "
         f"weighted by acceptance and by its complement; mean over the runs of a method.{left}"
     )
-    return _chart("divergence.png", "Divergence by outcome", note, panels, shown)
+    return _chart("divergence", "Divergence by outcome", note, panels, shown)
 
 
 def _by_position(several: Sequence[Group], shown: Shown) -> Chart | None:
@@ -175,9 +189,9 @@ def _by_range(several: Sequence[Group], shown: Shown, prefix: str, title: str, x
         known = {place: value for place, value in found.items() if value is not None}
         if known:
             lines.append(Line(group.name, tuple(map(float, known)), tuple(known.values()), style))
-    panel = Panel("training batches, by the own gate", x_name, "TAR", tuple(lines), tuple(map(range_label, keys)), rate=True)
+    panel = Panel("training batches, the run’s own gate", x_name, "TAR", tuple(lines), tuple(map(range_label, keys)), rate=True)
     note += "; mean over the windows in the last quarter of the log, and over a method's runs."
-    return _chart(f"{prefix.replace('_', '-')}.png", title, note, (panel,), shown)
+    return _chart(prefix.replace("_", "-"), title, note, (panel,), shown)
 
 
 def _late(runs: Sequence[Run], key: str) -> float | None:
@@ -200,7 +214,7 @@ def _by_task(several: Sequence[Group], shown: Shown) -> Chart | None:
                 lines.append(Line(group.name, tuple(map(float, known)), tuple(known.values()), style))
         panels.append(Panel("held out, after training", "task", name, tuple(lines), tuple(tasks), rate))
     note = "Held-out sequences (TAR) and supervised tokens (KL) of each task; mean over a method's runs."
-    return _chart("by-task.png", "By task", note, panels, shown)
+    return _chart("by-task", "By task", note, panels, shown)
 
 
 def _last_of_task(runs: Sequence[Run], task: str, measure: str) -> float | None:
@@ -239,17 +253,17 @@ def _chart(file: str, title: str, note: str, panels: Sequence[Panel], shown: Sho
     panels = [panel for panel in panels if panel.lines]
     if not panels:
         return None
-    light, dark = (_drawn(panels, colours, shown) for colours in (_LIGHT, _DARK))
-    return Chart(file, title, _said(title, panels), note, light, dark, _table(title, panels))
+    pictures = []
+    for place, panel in enumerate(panels, 1):
+        light, dark = (_drawn(panel, colours, shown) for colours in (_LIGHT, _DARK))
+        pictures.append(Picture(f"{file}-{place}.png" if len(panels) > 1 else f"{file}.png", _said(title, panel), light, dark))
+    return Chart(title, note, tuple(pictures), _table(title, panels))
 
 
-def _said(title: str, panels: Sequence[Panel]) -> str:
-    parts = []
-    for panel in panels:
-        lines = [_said_of(panel, line) for line in panel.lines[:8]]
-        more = f"; and {len(panel.lines) - 8} more" if len(panel.lines) > 8 else ""
-        parts.append(f"{panel.title} ({panel.y_name}): {'; '.join(lines)}{more}")
-    return f"{title}. {'. '.join(parts)}."
+def _said(title: str, panel: Panel) -> str:
+    lines = [_said_of(panel, line) for line in panel.lines[:_SAID]]
+    more = f"; and {len(panel.lines) - _SAID} more" if len(panel.lines) > _SAID else ""
+    return f"{title}, {panel.title} ({panel.y_name}): {'; '.join(lines)}{more}."
 
 
 def _said_of(panel: Panel, line: Line) -> str:
@@ -280,7 +294,7 @@ def _table(title: str, panels: Sequence[Panel]) -> DataTable:
     return DataTable(f"{title}: the numbers{left}", (panels[0].x_name, *heads), tuple(rows))
 
 
-def _drawn(panels: Sequence[Panel], colours: Colours, shown: Shown) -> bytes:
+def _drawn(panel: Panel, colours: Colours, shown: Shown) -> bytes:
     settings: dict[str, Any] = {
         "text.parse_math": False,  # a name with dollar signs is a name
         "font.family": "DejaVu Sans",
@@ -293,22 +307,17 @@ def _drawn(panels: Sequence[Panel], colours: Colours, shown: Shown) -> bytes:
         "grid.color": colours.grid,
         "axes.axisbelow": True,
     }
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    named = max(len(panel.lines) for panel in panels) > 1
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks is drawn as a box
-        figure = Figure(figsize=(4.4 * columns if columns > 1 else 6.2, 2.9 * lines + (0.3 if named else 0)), dpi=150)
+        named = len(panel.lines) > 1
+        figure = Figure(figsize=(5.2, 3.3 + (0.17 * -(-len(panel.lines) // 2) if named else 0)), dpi=180)
         FigureCanvasAgg(figure)
         figure.set_facecolor(colours.ground)
         figure.set_layout_engine("constrained")
-        grid = figure.subplots(lines, columns, squeeze=False).ravel()
-        for axes, panel in zip(grid, panels, strict=False):
-            _draw_panel(axes, panel, colours, shown)
-        for axes in grid[len(panels) :]:
-            axes.remove()
+        axes = figure.add_subplot()
+        _draw_panel(axes, panel, colours, shown)
         if named:
-            _draw_legend(figure, panels, shown)
+            _draw_legend(figure, axes, panel, shown)
         out = io.BytesIO()
         figure.savefig(out, format="png", facecolor=colours.ground, metadata={"Software": None})
     return out.getvalue()
@@ -345,16 +354,11 @@ def _draw_panel(axes: Any, panel: Panel, colours: Colours, shown: Shown) -> None
         axes.set_xlim(-0.4, len(panel.ticks) - 0.6)
 
 
-def _draw_legend(figure: Figure, panels: Sequence[Panel], shown: Shown) -> None:
-    handles: dict[str, Any] = {}
-    for axes, panel in zip(figure.axes, panels, strict=False):
-        for drawn, line in zip(axes.get_lines(), panel.lines, strict=True):
-            handles.setdefault(line.name, drawn)
+def _draw_legend(figure: Figure, axes: Any, panel: Panel, shown: Shown) -> None:
     # A name that begins with an underscore would be left out.
-    names = [f" {_short(name, shown)}" for name in handles]
-    figure.legend(
-        list(handles.values()), names, loc="outside lower center", ncols=min(4, len(names)), frameon=False, handlelength=2.6
-    )
+    names = [f" {_short(line.name, shown)}" for line in panel.lines]
+    columns = 3 if max(map(len, names)) < 20 else 2 if max(map(len, names)) < 32 else 1
+    figure.legend(axes.get_lines(), names, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.6)
 
 
 def _short(name: str, shown: Shown) -> str:

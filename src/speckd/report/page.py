@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 import speckd
 from speckd.report.benches import Bench
-from speckd.report.charts import Chart, DataTable, charts
+from speckd.report.charts import Chart, DataTable, Picture, charts
 from speckd.report.comparison import MEASURES, Estimate, Group, groups, measured, paired
 from speckd.report.evaluations import Difference, Evaluation, Metric, Task, difference
 from speckd.report.runs import Run
@@ -45,11 +45,10 @@ class Sources:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart as the template takes it."""
+    """A chart as the template takes it: (picture, light, dark)."""
 
     chart: Chart
-    light: DataUri
-    dark: DataUri
+    pictures: tuple[tuple[Picture, DataUri, DataUri], ...]
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def render(sources: Sources, figures: Sequence[Chart], shown: Shown) -> str:
     return environment.get_template("page.html.j2").render(
         generator=f"{GENERATOR} {speckd.__version__}",
         title=_title(sources),
-        figures=[Figure(chart, DataUri.of(chart.light), DataUri.of(chart.dark)) for chart in figures],
+        figures=[_figure(chart) for chart in figures],
         held_out=_held_out(several),
         changes=_changes(several),
         by_task=_by_task(several),
@@ -108,6 +107,10 @@ def render(sources: Sources, figures: Sequence[Chart], shown: Shown) -> str:
         evaluations=[_evaluation_facts(one) for one in sources.evaluations],
         benches=[(one, [(picture, DataUri.of(picture.png)) for picture in one.pictures]) for one in sources.benches],
     )
+
+
+def _figure(chart: Chart) -> Figure:
+    return Figure(chart, tuple((one, DataUri.of(one.light), DataUri.of(one.dark)) for one in chart.pictures))
 
 
 def _finalized(value: Any, shown: Shown) -> Any:

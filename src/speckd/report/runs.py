@@ -29,13 +29,15 @@ class Favourite:
 class Token:
     """One token of a sample; what follows `supervised` is None where it is not supervised, or not known.
 
-    p is the teacher's probability, q the student's; `weight` is that of the divergence; `divergence` the objective's own, `kl`
+    `text`: what the token adds to the text; `alone`: it by itself, as `proposal`, the student's most probable one; p is the
+    teacher's probability, q the student's; `weight` is that of the divergence; `divergence` the objective's own, `kl`
     KL(teacher ‖ student), `entropy` the teacher's, in nats.
     """
 
     text: str
     position: int
     supervised: bool
+    alone: str | None = None
     proposal: str | None = None
     p_label: float | None = None
     q_label: float | None = None
@@ -191,8 +193,8 @@ def _token(line: Fields) -> Token:
     if not line.truth("supervised"):
         return Token(*known)
     numbers: Any = {name: line.maybe_number(name) for name in _NUMBERS}
-    proposal, favourites = line.maybe_text("proposal_text"), _favourites(line)
-    return replace(Token(*known, proposal, favourites=favourites), **numbers)
+    alone, proposal = (line.maybe_text(f"{name}_text") for name in ("token", "proposal"))
+    return replace(Token(*known, alone, proposal, favourites=_favourites(line)), **numbers)
 
 
 def _favourites(line: Fields) -> tuple[Favourite, ...]:

@@ -147,8 +147,13 @@ def _verdict(acceptance: float | None) -> Verdict:
 
 
 def _card(token: Token, verdict: Verdict, sample: TokenSample, card_id: str) -> Card:
-    label = Row("data’s token", quoted(token.text), probability(token.p_label), probability(token.q_label))
-    proposed = "same" if token.proposal is not None and token.proposal.strip() == token.text.strip() else quoted(token.proposal)
+    label = Row(
+        "data’s token",
+        quoted(token.text if token.alone is None else token.alone),
+        probability(token.p_label),
+        probability(token.q_label),
+    )
+    proposed = "the same" if token.proposal is not None and token.proposal == token.alone else quoted(token.proposal)
     outside = f"outside its top {sample.top_k}" if sample.top_k is not None and token.favourites else "–"
     proposal = Row(
         "student’s proposal",
