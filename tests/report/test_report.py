@@ -13,7 +13,7 @@ from speckd.report.comparison import Estimate, groups, paired
 from speckd.report.evaluations import difference, read_evaluation
 from speckd.report.runs import read_run
 from speckd.report.shown import HIDDEN, Shown, is_secret_key, number, without_secrets
-from tests.report.folders import WORDS, write_all, write_evaluation, write_run
+from tests.report.folders import WORDS, write_evaluation, write_run
 
 
 def text_of(page: Path) -> str:
@@ -29,12 +29,6 @@ def table(page: Path, caption: str) -> dict[str, list[str]]:
     found = next(part for part in whole.split("<table")[1:] if f"<caption>{caption}</caption>" in part).split("</table>")[0]
     rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr>(.*?)</tr>", found, re.DOTALL)]
     return {unescape(row[0]): [unescape(cell) for cell in row[1:]] for row in rows}
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("report")
-    return report(write_all(place / "in"), place / "out")
 
 
 def test_numbers_are_those_of_the_logs(page: Path) -> None:
@@ -59,13 +53,13 @@ def _numbers(page: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def test_a_chart_has_its_table(page: Path) -> None:
-    assert [caption.split(":")[0] for caption in _numbers(page)] == [
+    assert [unescape(caption).split(":")[0] for caption in _numbers(page)] == [
         *(
             "Loss",
             "Token acceptance rate",
             "Divergence by outcome",
             "TAR by position",
-            "TAR by the teacher’s entropy",
+            "TAR by the teacher's entropy",
             "By task",
         )
     ]
@@ -129,6 +123,7 @@ def refused(capsys: pytest.CaptureFixture, *words: str | Path) -> str:
     return lines[0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_is_going_on_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "results.json").unlink()
@@ -170,6 +165,7 @@ def test_folders_that_are_none_of_ours_are_refused(tmp_path: Path, capsys) -> No
     assert "a folder is given twice" in refused(capsys, run, run, *out)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_only_a_report_is_written_over(tmp_path: Path, capsys) -> None:
     run, out = write_run(tmp_path / "run"), tmp_path / "deep" / "out"
     assert main(["report", str(run), "--output_dir", str(out)]) == 0
@@ -198,6 +194,7 @@ CANARIES = {
 }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_no_secret_is_told(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "canary-environment-cccc")
     run = write_run(tmp_path / "run", lambda text: f"{text} canary-hub-1111 canary-environment-cccc", **CANARIES)

@@ -8,59 +8,57 @@ from pathlib import Path
 import pytest
 
 from speckd.report import charts
-from speckd.report.build import read, report
-from speckd.report.page import figures_of, render
+from speckd.report.build import read
+from speckd.report.page import figures_of, render, template
 from speckd.report.shown import Shown
-from tests.report.folders import png, write_all
+from tests.report.folders import write_all
 from tests.report.payloads import PAYLOADS
-from tests.report.skeleton import Skeleton, skeleton
+from tests.report.skeleton import skeleton
 
-VOID = ("img", "meta", "source")
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = tmp_path_factory.mktemp("benign")
-    return report(write_all(place / "in"), place / "out").read_text(encoding="utf-8")
-
-
-def page_with(place: Path, payload: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The page with a text in every field; pictures are not drawn, for their letters are no part of it."""
-    monkeypatch.setattr(charts, "_drawn", lambda *_: png())
-    sources, shown = read(write_all(place, lambda text: f"{text}{payload}")), Shown()
-    return render(sources, figures_of(sources, shown), shown)
+SHOWN = Shown()
+TEMPLATE = template(SHOWN)
 
 
 @pytest.fixture(scope="module")
-def benign(page: str) -> Skeleton:
-    return skeleton(page)
+def html(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def page_with(place: Path, payload: str) -> str:
+    """The page with a text in every field."""
+    sources = read(write_all(place, lambda text: f"{text}{payload}"))
+    return render(TEMPLATE, sources, figures_of(sources, SHOWN))
 
 
 def test_there_are_200_payloads() -> None:
     assert len(set(PAYLOADS)) >= 200
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("part", range(4))
-def test_no_text_changes_the_structure(part: int, benign: Skeleton, tmp_path: Path, monkeypatch, counted) -> None:
+def test_no_text_changes_the_structure(part: int, html: str, tmp_path: Path, counted) -> None:
+    benign = skeleton(html)
     for number, payload in enumerate(PAYLOADS[part::4]):
         counted()
-        found = skeleton(page_with(tmp_path / str(number), payload, monkeypatch))
+        found = skeleton(page_with(tmp_path / str(number), payload))
         assert found == benign, (
             f"payload {payload!r}: {next(pair for pair in zip(found, benign, strict=False) if pair[0] != pair[1])}"
         )
 
 
-def test_texts_are_shown_as_they_are(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_texts_are_shown_as_they_are(tmp_path: Path) -> None:
     """Escaped, not removed: who looks for what a model wrote finds it."""
-    text = page_with(tmp_path, "<b onclick='x'>&amp;{{ 7 * 7 }}", monkeypatch)
+    text = page_with(tmp_path, "<b onclick='x'>&amp;{{ 7 * 7 }}")
     assert "&lt;b onclick=&#39;x&#39;&gt;&amp;amp;{{ 7 * 7 }}" in text and "49" not in re.findall(r"Rome[^<]*", text)[0]
 
 
-def test_pictures_are_drawn_whatever_the_names_are(tmp_path: Path) -> None:
+def test_pictures_are_drawn_whatever_the_names_are() -> None:
     """Dollar signs are no formula, letters without a shape no error, a name with an underscore is in the legend."""
-    for number, name in enumerate(("$\\frac{1}{0}$", "_hidden", "\u202e你好\U0001f468", "x" * 400)):
-        made = report(write_all(tmp_path / f"in{number}", lambda text, name=name: f"{name}{text}"), tmp_path / f"out{number}")
-        assert (made.parent / "loss-1.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("$\\frac{1}{0}$", "_hidden", "\u202e你好\U0001f468", "x" * 400, "\x00\ud800"):
+        lines = tuple(charts.Line(f"{name}{style}", (0.0, 1.0), (1.0, 2.0), style) for style in (0, 1))
+        panel = charts.Panel(name, "step", "loss", lines, ticks=(name, name))
+        assert charts._drawn(panel, charts._DARK, SHOWN).startswith(b"\x89PNG")
 
 
 # ---- what the page promises ------------------------------------------------------------------------------------------------
@@ -76,13 +74,13 @@ class _Elements(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def elements(page: str) -> list[tuple[str, dict[str, str | None]]]:
+def elements(html: str) -> list[tuple[str, dict[str, str | None]]]:
     reader = _Elements()
-    reader.feed(page)
+    reader.feed(html)
     return reader.found
 
 
-def test_nothing_runs_and_nothing_is_loaded(page: str, elements) -> None:
+def test_nothing_runs_and_nothing_is_loaded(html: str, elements) -> None:
     policy = next(values["content"] for tag, values in elements if values.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
     assert not {"script", "iframe", "object", "embed", "link", "base", "form", "a"} & {tag for tag, _ in elements}
@@ -90,9 +88,9 @@ def test_nothing_runs_and_nothing_is_loaded(page: str, elements) -> None:
         assert not [name for name in values if name.startswith("on") or name in ("style", "href", "action")], (tag, values)
         for name in ("src", "srcset"):
             assert name not in values or values[name].startswith("data:image/png;base64,")
-    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL).group(1)
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL).group(1)
     assert "url(" not in style and "@import" not in style and "<" not in style
-    assert "http" not in re.sub(r"http-equiv", "", page)
+    assert "http" not in re.sub(r"http-equiv", "", html)
 
 
 def test_pictures_have_words_and_tables_have_heads(elements) -> None:
@@ -115,10 +113,10 @@ def test_headings_are_in_order_and_ids_unique(elements) -> None:
     assert next(values for tag, values in elements if tag == "html")["lang"] == "en"
 
 
-def test_a_verdict_is_no_colour_alone(page: str, elements) -> None:
+def test_a_verdict_is_no_colour_alone(html: str, elements) -> None:
     """Words for who hears the page, another line below the token for who sees no colours."""
-    assert page.count('<span class="unseen"> (rejected)</span>') == 6  # one of seven tokens, two steps, three runs
-    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL).group(1)
+    assert html.count('<span class="unseen"> (rejected)</span>') == 6  # one of seven tokens, two steps, three runs
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL).group(1)
     assert "2px solid var(--acc-line)" in style and "2px dashed var(--rej-line)" in style
     marks = [values for tag, values in elements if tag == "mark" and "aria-describedby" in values]
     assert len(marks) == 7 * 2 * 3 and all(values["tabindex"] == "0" for values in marks)

@@ -65,7 +65,7 @@ def _tables(text: str) -> tuple[list[PlainTable], str]:
     found: list[PlainTable] = []
     said: list[str] = []
     rows: list[str] = []
-    for line in [*text.splitlines(), ""]:
+    for line in [*text.split("\n"), ""]:
         if line.lstrip().startswith("|"):
             rows.append(line)
             continue

@@ -10,7 +10,7 @@ from speckd.errors import ConfigError, DataError
 from speckd.report.benches import Bench, is_bench, read_bench
 from speckd.report.charts import Chart
 from speckd.report.evaluations import Evaluation, is_evaluation, read_evaluation
-from speckd.report.page import GENERATOR, Sources, figures_of, render
+from speckd.report.page import GENERATOR, Sources, figures_of, render, template
 from speckd.report.runs import CONFIG, Run, is_run, read_run
 from speckd.report.shown import Shown, secrets_of, secrets_of_environment
 
@@ -28,7 +28,7 @@ def report(folders: Sequence[Path], output: Path) -> Path:
     sources = read(folders)
     shown = Shown(_secrets(sources))
     figures = figures_of(sources, shown)
-    page = render(sources, figures, shown)
+    page = render(template(shown), sources, figures)
     _put(output, page, figures)
     return output / PAGE
 

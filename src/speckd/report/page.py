@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 import speckd
@@ -83,8 +83,8 @@ class TaskPart:
     examples: tuple[SideBySide, ...]
 
 
-def render(sources: Sources, figures: Sequence[Chart], shown: Shown) -> str:
-    """The whole page."""
+def template(shown: Shown) -> Template:
+    """The page's, in which `shown` cleans every text before it is escaped."""
     environment = Environment(
         loader=PackageLoader("speckd.report"),
         autoescape=True,
@@ -93,8 +93,13 @@ def render(sources: Sources, figures: Sequence[Chart], shown: Shown) -> str:
         lstrip_blocks=True,
         finalize=lambda value: _finalized(value, shown),
     )
+    return environment.get_template("page.html.j2")
+
+
+def render(page: Template, sources: Sources, figures: Sequence[Chart]) -> str:
+    """The whole page."""
     several = groups(sources.runs)
-    return environment.get_template("page.html.j2").render(
+    return page.render(
         generator=f"{GENERATOR} {speckd.__version__}",
         title=_title(sources),
         figures=[_figure(chart) for chart in figures],
