@@ -25,8 +25,11 @@ def html(page: Path) -> str:
 
 
 def page_with(place: Path, payload: str) -> str:
-    """The page with a text in every field."""
-    sources = read(write_all(place, lambda text: f"{text}{payload}"))
+    """The page with a text in every field; one of the three runs has a record of tokens, for the sake of time."""
+    folders = write_all(place, lambda text: f"{text}{payload}")
+    for run in folders[1:3]:
+        (run / "tokens.jsonl").unlink()
+    sources = read(folders)
     return render(TEMPLATE, sources, figures_of(sources, SHOWN))
 
 
@@ -36,8 +39,9 @@ def test_there_are_200_payloads() -> None:
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("part", range(4))
-def test_no_text_changes_the_structure(part: int, html: str, tmp_path: Path, counted) -> None:
-    benign = skeleton(html)
+def test_no_text_changes_the_structure(part: int, tmp_path: Path, counted) -> None:
+    benign = skeleton(page_with(tmp_path / "benign", ""))
+    assert len(benign) > 1000
     for number, payload in enumerate(PAYLOADS[part::4]):
         counted()
         found = skeleton(page_with(tmp_path / str(number), payload))
