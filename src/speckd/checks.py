@@ -22,6 +22,7 @@ from speckd.config import mapping, nearest
 from speckd.errors import ConfigError, DataError
 from speckd.gates import Inverted, LabelInTopK, MatchedRandom, TopK, TwoSided
 from speckd.settings import Settings
+from speckd.step_lines import BY_TASK, TOKENS
 from speckd.student_servers import WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,16 @@ OWN_FILES = "own_parts.json"
 _OWN_PARTS = ("gate", "rejected", "divergence", "sequence_source", "student_text_divergence", "student_text_rejected")
 
 #: What a run leaves that failed before its first checkpoint: nothing to keep, so its folder may be used again.
-_LEFT_BY_A_FAILED_RUN = {"config.yaml", "training_log.jsonl", "runs", CANARY, WEIGHTS, OWN_FILES}
+_LEFT_BY_A_FAILED_RUN = {
+    "config.yaml",
+    "training_log.jsonl",
+    "runs",
+    TOKENS,
+    BY_TASK,
+    CANARY,
+    WEIGHTS,
+    OWN_FILES,
+}
 
 #: Settings that may differ when a run is resumed: they change what is said and kept, not what is learnt.
 _FREE_ON_RESUME = {
@@ -63,6 +73,7 @@ _FREE_ON_RESUME = {
     *(f"teacher_server_{name}" for name in ("urls", "concurrency", "tokens", "timeout_s", "patience_s")),
     *("student_server_urls", "student_server_model", "student_server_concurrency"),
     "teacher_prefetch",
+    *("task_column", "token_view_samples"),
 }
 
 

@@ -187,6 +187,20 @@ def bench(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that train, evaluate or bench wrote.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "--output_dir", help="A new folder, or a report's.")] = Path(
+        "report"
+    ),
+) -> None:
+    """Runs, evaluations and benchmarks as one HTML page that opens offline, and PNGs."""
+    _say_to_people()
+    from speckd.report.build import report as build
+
+    typer.echo(f"The report is in {build(folders, output_dir)}.")
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped methods. Joined by '+', the later is laid over the earlier: --recipe abkd+speckd."""
     from speckd.recipe_book import DEFAULT_RECIPE, recipe_names, recipe_text

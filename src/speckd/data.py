@@ -2,6 +2,7 @@
 
 import heapq
 import json
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")
 _CANDIDATES = 16
 
 
-def load_data(run: RunArguments, text_field: str, kept: str | None = None) -> tuple[Dataset, Dataset | None]:
+def load_data(run: RunArguments, text_field: str, kept: Collection[str | None] = ()) -> tuple[Dataset, Dataset | None]:
     """Training data and, where there is some, held-out data. `kept`: a column to keep beside those of the shape.
 
     Raises:
@@ -183,7 +184,7 @@ def _innermost(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _checked(data: Dataset, name: str, run: RunArguments, text_field: str, kept: str | None) -> Dataset:
+def _checked(data: Dataset, name: str, run: RunArguments, text_field: str, kept: Collection[str | None]) -> Dataset:
     """The known columns, renamed as asked, every row of the type that its shape needs."""
     if not len(data):
         raise DataError(f"{name}: no rows", "Give at least one")
@@ -206,7 +207,7 @@ def _checked(data: Dataset, name: str, run: RunArguments, text_field: str, kept:
             f"{name}: columns {', '.join(sorted(columns))} are in no known shape ({SHAPES})",
             "Rename them, or name yours with dataset_prompt_column and dataset_completion_column (or dataset_text_field)",
         )
-    extras = {"tools", "chat_template_kwargs", "labels", "completion_mask", kept}
+    extras = {"tools", "chat_template_kwargs", "labels", "completion_mask", *kept}
     return data.select_columns([c for c in data.column_names if c in used | extras])
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig, get_peft_config
 
+from speckd.by_task import measure_by_task, tasks_of
 from speckd.checks import (
     OWN_FILES,
     asked_teacher,
@@ -36,8 +37,10 @@ from speckd.memory_report import foresee_memory
 from speckd.model_card import CardFacts, model_card, versions
 from speckd.recipe_book import DEFAULT_RECIPE
 from speckd.settings import METHOD_KEYS, Settings, load_settings, student_options
+from speckd.step_lines import BY_TASK, TOKENS
 from speckd.teacher_sources import remember_servers, require_ready, source_elsewhere, source_named
 from speckd.teachers.sharding import size as parameter_size
+from speckd.token_record import TokenRecord
 from speckd.trainer import SpecKDTrainer, load_teacher
 from speckd.training_log import TrainingLog, read_log
 from speckd.trl_internals import finish_from_checkpoint, save_checkpoint
@@ -75,13 +78,19 @@ def train(config: Path | None, recipe: str | None, flags: list[str]) -> Path:
 
 def _trained(settings: Settings, trainer: SpecKDTrainer, output: Path, checkpoint: str | None) -> None:
     """Measures, trains, measures and saves."""
+    tokens = TokenRecord(trainer, output, settings.run.token_view_samples)
     try:
         start = _start(trainer, output, resumed=checkpoint is not None)
+        if checkpoint is None:
+            measure_by_task(trainer, output)
+            tokens.keep()
         # A run killed after its last step has nothing left to train.
         if checkpoint is None or not finish_from_checkpoint(trainer, checkpoint):
             trainer.train(resume_from_checkpoint=checkpoint)
         _warn_of_padding(trainer)
         end = _measured(trainer)
+        measure_by_task(trainer, output)
+        tokens.keep()
     except TeacherLostError as error:
         raise _saved(trainer, error) from error
     except CollapseError as error:
@@ -112,13 +121,15 @@ def prepared_trainer(settings: Settings, output: Path) -> SpecKDTrainer:
         SpeckdError: for whatever the user can mend; no output folder has been made then.
     """
     check_models_exist(settings)
-    train_data, held_out = load_data(settings.run, settings.training.dataset_text_field, settings.training.teacher_route_column)
+    train_data, held_out = load_data(settings.run, settings.training.dataset_text_field, settings.kept_columns)
     check_shapes(settings, train_data, held_out)
+    tasks = tasks_of(train_data if held_out is None else held_out, settings.run.task_column)
     tokenizers = load_tokenizers(settings, is_conversational(train_data))
     _announce(settings, len(train_data), 0 if held_out is None else len(held_out))
     adapter = adapter_of(settings.model)
     foresee_memory(settings, adapter, (train_data, held_out), tokenizers)
     trainer = new_trainer(settings, output, train_data, held_out, tokenizers, adapter)
+    trainer.tasks = tasks
     _describe(trainer)
     return trainer
 
@@ -235,6 +246,8 @@ def _forget_earlier_run(output: Path) -> None:
     """What a run that starts anew in an old folder must not leave there: a resume would go on from it, a load pick it up."""
     for pattern in (
         "training_log.jsonl",
+        TOKENS,
+        BY_TASK,
         OWN_FILES,
         "results.json",
         "README.md",

@@ -33,6 +33,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "num_train_epochs": (1e-6, math.inf),
     **dict.fromkeys(("lora_dropout", "starvation_threshold"), (0, 1)),
     "max_length": (2, math.inf),
+    "token_view_samples": (0, 64),
 }
 
 
@@ -48,6 +49,13 @@ class RunArguments:
     dataset_completion_column: str | None = field(default=None, metadata={"help": "the column to use as completion"})
     eval_dataset: str | None = field(default=None, metadata={"help": "held-out JSONL or Parquet file"})
     eval_rows: int | None = field(default=None, metadata={"help": "evaluate on the first so many rows only"})
+    task_column: str | None = field(
+        default=None,
+        metadata={"help": "the data's column that names each row's task: held-out measures are given for each, too"},
+    )
+    token_view_samples: int = field(
+        default=4, metadata={"help": "samples kept token by token for 'speckd report' (tokens.jsonl); 0 keeps none"}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "write into an output folder that is not empty"})
     allow_changed_config: bool = field(default=False, metadata={"help": "resume although settings have changed"})
 
@@ -68,6 +76,11 @@ class Settings:
     def teacher_model(self) -> str | None:
         """The teacher that this process loads; None where its answers come from elsewhere, or where there is none."""
         return self.training.teacher_model_name_or_path if self.training.teacher == "model" else None
+
+    @property
+    def kept_columns(self) -> tuple[str | None, ...]:
+        """Of the data, beside its text: who teaches a row, and what its task is."""
+        return self.training.teacher_route_column, self.run.task_column
 
     @property
     def teacher_elsewhere(self) -> bool:

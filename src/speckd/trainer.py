@@ -179,6 +179,7 @@ class SpecKDTrainer(SFTTrainer):
         self.dropped_rows: dict[str, DroppedRows] = {}
         self.longest_row: dict[str, int] = {}  # tokens
         self.warnings: list[str] = []  # what went wrong in training, for the card
+        self.tasks: list[str] | None = None  # of each held-out row (without any, of each to train on), where they are known
         args.eval_packing = False  # held-out rows are measured one by one
         super().__init__(
             model=model,
@@ -824,7 +825,7 @@ class SpecKDTrainer(SFTTrainer):
                 require_known_tokens(dataset, self.vocabulary, metric_key_prefix)
         trained_on = self.source.positions.clone() if isinstance(self.source, ModelSource) else None
         self._move()
-        sums, loss = self._held_out(dataset)
+        sums, loss = self.held_out(dataset)
         if isinstance(self.source, ModelSource) and trained_on is not None:
             self.source.positions = trained_on  # what is logged is training's
         metrics = {"loss": float(loss[0] / loss[1])} if loss[1] else {}
@@ -837,8 +838,8 @@ class SpecKDTrainer(SFTTrainer):
         return metrics
 
     @torch.no_grad()
-    def _held_out(self, dataset: Dataset) -> tuple[HeldOutSums, Tensor]:
-        """Every process measures its own rows; all make the same number of forward calls."""
+    def held_out(self, dataset: Dataset) -> tuple[HeldOutSums, Tensor]:
+        """Sums and loss over prepared rows: every process measures its own; all make the same number of forward calls."""
         training, world, size = self.model.training, self.accelerator.num_processes, self.args.per_device_eval_batch_size
         self.model.eval()
         own = list(range(self.accelerator.process_index, len(dataset), world))

@@ -125,9 +125,11 @@ def test_a_share_of_the_oracles_gain() -> None:
     plan = plan_of({**PLAN, "methods": {**PLAN["methods"], "oracle": {"gate": "none", "rejected": "mask", "oracle": True}},
                     "blocks": [{**PLAN["blocks"][0], "methods": ["SFT", "ungated", "trust", "oracle"]}]})  # fmt: skip
     value = {"ungated": 1.0, "oracle": 0.6, "trust": 0.7, "SFT": 1.1}
-    found = [
-        Found(c, seed, 2e-3, 2, outcome(value[c.method] - 0.1 * seed * (c.method == "trust"), "1")) for _, c in plan.cells() for seed in range(2)
-    ]  # fmt: skip
+    found = []
+    for _, c in plan.cells():
+        for seed in range(2):
+            nll = value[c.method] - (0.1 * seed if c.method == "trust" else 0)
+            found.append(Found(c, seed, 2e-3, 2, outcome(nll, "1")))
     text = markdown(plan, found)
     assert "trust: NLL 88 % (75 to 100)" in text and "SFT: NLL -25 % (-25 to -25)" in text
     assert text.count("Share of the oracle") == 1  # where the teacher is scrambled

@@ -182,7 +182,7 @@ def _padded(name: str, width: int, vocab: dict[str, int]) -> Iterator[Finding]:
 
 
 def data(settings: Settings) -> Examination[Data]:
-    train, held_out = load_data(settings.run, settings.training.dataset_text_field, settings.training.teacher_route_column)
+    train, held_out = load_data(settings.run, settings.training.dataset_text_field, settings.kept_columns)
     yield from ()
     return train, held_out
 

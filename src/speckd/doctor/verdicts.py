@@ -1,22 +1,19 @@
 """Some sequences as the run's gate sees them, and one of them as text."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from speckd.collation import Wanted, question_about
-from speckd.compatibility import SharedVocabulary
+from speckd.collation import Wanted
 from speckd.doctor.findings import JudgedToken, Sample
-from speckd.engine import default_chunk_size
-from speckd.head import LMHead
+from speckd.looking import Chunk, look
 from speckd.teachers.source import TeacherSource
-from speckd.tokens import SupervisedRows
 from speckd.trainer import SpecKDTrainer
-from speckd.types import BatchGate, DenseSignal, Rows, TeacherSignal
+from speckd.types import BatchGate, Rows
 
 
 @dataclass(frozen=True)
@@ -38,59 +35,28 @@ class Verdicts:
 @torch.no_grad()
 def verdicts(trainer: SpecKDTrainer, asked: Sequence[Wanted], source: TeacherSource | None) -> Verdicts:
     """What student and teacher say of some sequences, and the run's gate of both, with its draws of epoch 0."""
-    vocabulary = trainer.vocabulary if source is None else source.vocabulary
-    question = question_about(asked, vocabulary, trainer.accelerator.device)
-    rows = _as_in_the_run(question.rows, asked, trainer.args.effective_gate_seed)
-    trainer.model.eval()
-    with trainer.accelerator.autocast():
-        pending = None if source is None else source.launch(question)
-        hidden = trainer.student.get_decoder()(**question.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        head = vocabulary.restrict(LMHead.from_model(trainer.student))
-        answers = None if pending is None else pending.rows()
-        third = None if trainer.reference is None else trainer.reference.launch(question).rows()
-        seen = []
-        for chunk in torch.arange(len(rows), device=hidden.device).split(default_chunk_size(head.weight.shape[0])):
-            logits = head(hidden[rows.index[chunk]])
-            teacher = None if answers is None else answers.signal(rows.index[chunk])
-            reference = None if third is None else third.signal(rows.index[chunk])
-            seen.append(_of_chunk(trainer, logits, teacher, rows, chunk, reference))
+    looked = look(trainer, asked, source)
+    seen = [_of_chunk(trainer, chunk) for chunk in looked.chunks()]
     columns = [torch.cat(parts) for parts in zip(*seen, strict=True)]
     gate = trainer.objective.gate
     if isinstance(gate, BatchGate) and len(columns[-1]):
-        columns[-1] = gate.select(columns[-1], rows.keys)
+        columns[-1] = gate.select(columns[-1], looked.rows.keys)
     labels, proposals, student, favourites, teacher_says, acceptance = (column.cpu() for column in columns)
-    ids = (_token_ids(vocabulary, column) for column in (labels, proposals, favourites))
-    labels, proposals, favourites = ids
+    labels, proposals, favourites = (looked.token_ids(column) for column in (labels, proposals, favourites))
     return Verdicts(labels, proposals, student, favourites, teacher_says, acceptance)
 
 
-def _as_in_the_run(rows: SupervisedRows, asked: Sequence[Wanted], seed: int) -> SupervisedRows:
-    """The same rows under the keys that they have in training, where samples are numbered through the data."""
-    numbers = torch.tensor([one.row - 1 for one in asked], device=rows.index.device)
-    return replace(rows, keys=replace(rows.keys, sample=numbers[rows.keys.sample], seed=seed))
-
-
-def _of_chunk(
-    trainer: SpecKDTrainer,
-    logits: Tensor,
-    teacher: TeacherSignal | None,
-    rows: SupervisedRows,
-    chunk: Tensor,
-    reference: TeacherSignal | None,
-) -> tuple[Tensor, ...]:
-    labels, student = rows.labels[chunk], DenseSignal(logits)
+def _of_chunk(trainer: SpecKDTrainer, chunk: Chunk) -> tuple[Tensor, ...]:
+    labels, student, teacher = chunk.rows.labels, chunk.student, chunk.teacher
+    nothing = student.logits[:0, 0]
     known = labels, student.argmax(), student.label_log_prob(labels)
     if teacher is None:
-        return *known, labels[:0], logits[:0, 0], logits[:0, 0]
-    acceptance = logits[:0, 0]
+        return *known, labels[:0], nothing, nothing
+    acceptance = nothing
     if trainer.objective.needs_teacher:
-        gate, seen = trainer.objective.gate, Rows.of(student, teacher, labels, rows.keys.rows(chunk), reference)
+        gate, seen = trainer.objective.gate, Rows.of(student, teacher, labels, chunk.rows.keys, chunk.reference)
         acceptance = gate.score(seen) if isinstance(gate, BatchGate) else gate(seen)
     return *known, teacher.argmax(), teacher.label_log_prob(labels), acceptance
-
-
-def _token_ids(vocabulary: SharedVocabulary, places: Tensor) -> Tensor:
-    return places if vocabulary.ids is None else vocabulary.ids[places]
 
 
 def sample(trainer: SpecKDTrainer, one: Wanted) -> Sample:

@@ -1,0 +1,1 @@
+"""`speckd report`: runs, evaluations and benchmarks as one page that needs nothing else."""
