@@ -10,6 +10,7 @@ from speckd.policies import Label
 from speckd.sequence_kl import SequenceReverseKL
 from speckd.sources.mixture import Mixture
 from speckd.sources.writer import Sampling
+from speckd.trust_gates import Trust
 
 #: Whose words are trained on.
 SOURCES = ("dataset", "student", "replay", "paired", "interleaved", "mixed")
@@ -152,6 +153,12 @@ class SequenceConfig:
             raise ConfigError(
                 "label_nll: on text that the student writes, the label is its own token, which teaches nothing",
                 "Set student_text_divergence: reverse_kl for example, or sequence_source: dataset",
+            )
+        if isinstance(getattr(found.gate, "gate", found.gate), Trust):
+            raise ConfigError(
+                "trust: it is read off labels, and on text that the student writes, the label is its own token, which nobody "
+                "explains better: no teacher would be trusted",
+                "Name another gate or recipe, such as ungated, or set sequence_source: dataset",
             )
         if isinstance(found.rejected, Label):
             raise ConfigError(

@@ -14,6 +14,7 @@ At π = ½ this is `LabelRatio`; a clean, competent teacher is followed nearly e
 than the student hardly at all.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,7 @@ class Trust:
     def __post_init__(self) -> None:
         if not 0 < self.prior < 1:
             raise ConfigError(f"prior is {self.prior}", "Use a share between 0 and 1, neither included")
-        if not self.prior_tokens > 0:
+        if not 0 < self.prior_tokens < math.inf:
             raise ConfigError(f"prior_tokens is {self.prior_tokens}", "Use a number of tokens above 0")
 
     @property
@@ -90,18 +91,17 @@ class Trust:
         )
 
     def score(self, rows: Rows) -> Tensor:
-        return label_ratio(rows).clamp(max=_LARGEST)
+        return label_ratio(rows)
 
     def select(self, scores: Tensor, keys: TokenKeys) -> Tensor:
-        ratio = scores.double()
+        ratio = scores.double().clamp(max=_LARGEST)
         sound = (ratio >= _CONTRADICTION).double()
         group, prior = torch.zeros_like(keys.sample), ratio.new_tensor([self.prior])
         upright = share_of(sound, group, prior, self.prior_tokens)
         skilled = most_likely_share(ratio, sound, group, prior, self.prior_tokens)
         if self.per_sequence:
-            _, group = keys.sample.unique(return_inverse=True)
-            groups = int(group.max()) + 1
-            upright = share_of(sound, group, upright.expand(groups), self.prior_tokens)
-            skilled = most_likely_share(ratio, sound, group, skilled.expand(groups), self.prior_tokens)
+            samples, group = keys.sample.unique(return_inverse=True)
+            upright = share_of(sound, group, upright.expand(len(samples)), self.prior_tokens)
+            skilled = most_likely_share(ratio, sound, group, skilled.expand(len(samples)), self.prior_tokens)
         trust = upright * sharpened(skilled)
         return (trust / (1 - trust))[group].mul(ratio).clamp(max=1).to(scores.dtype)

@@ -82,7 +82,39 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("blocks/0/methods", ["ungated", "trsut"], "blocks: headline: methods: 'trsut' is not there. Did you mean 'trust'?"),
         ("blocks/0/teachers", ["nobody"], "'nobody' is not there"),
         ("blocks/0/data", ["tape"], "data: 'tape' is not there"),
-        ("blocks/0/seeds", 0, "seeds 0"),
+        ("blocks/0/seeds", 0, "blocks[0]: seeds is 0"),
+        ("blocks/0/seeds", "two", "blocks[0]: seeds is 'two'"),
+        ("blocks/0/steps", 2.5, "blocks[0]: steps is 2.5"),
+        ("blocks/0/name", 5, "blocks[0]: name is 5"),
+        ("blocks/0/learning_rate", 0, "blocks[0]: learning_rate is 0"),
+        ("blocks/0/methods", "trust", "blocks[0]: methods is 'trust'"),
+        ("blocks/0/teachers", [], "blocks[0]: teachers is []"),
+        (
+            "blocks",
+            [{"name": "o", "starts": ["warm"], "teachers": ["clean"], "methods": ["oracle mask"], "seeds": 1, "steps": 1}],
+            "blocks: o: it asks for no run",
+        ),
+        ("blocks", None, "blocks is None"),
+        ("blocks", [], "blocks is []"),
+        ("starts/warm", "4", "starts: warm is '4'"),
+        ("starts/warm", -1, "starts: warm is -1"),
+        ("learning_rates", 0.001, "learning_rates is 0.001"),
+        ("learning_rates", [], "learning_rates is []"),
+        ("learning_rates", ["fast"], "learning_rates is 'fast'"),
+        ("learning_rates", [0.0], "learning_rates is 0.0"),
+        ("tuning_seeds", 5, "tuning_seeds is 5"),
+        ("tuning_seeds", [], "tuning_seeds is []"),
+        ("references", "ungated", "references is 'ungated'"),
+        ("world/train", 0, "world: train is 0"),
+        ("world/test", 2, "world: test is 2"),
+        ("world/batch_size", "6", "world: batch_size is '6'"),
+        ("world/student", {"hidden": 16, "layers": 1, "heads": 3}, "world: student: 3 heads of hidden 16"),
+        ("teachers/clean", {"top_k": 0}, "teachers: clean: top_k is 0"),
+        ("teachers/clean", {"prefix": 3}, "teachers: clean: prefix is 3"),
+        ("teachers/clean", {"trained": {"steps": 3, "label_noise": 2}}, "label_noise is 2"),
+        ("teachers/clean", {"trained": {"steps": 3, "families": "math"}}, "families is 'math'"),
+        ("methods/SFT", {"oracle": "yes"}, "oracle is 'yes'"),
+        ("tuned_with", ["clean"], "tuned_with is ['clean']"),
         ("blocks/0/budget", "money", "budget is 'money'"),
         ("blocks/1/name", "headline", "two have the same name"),
         ("tuned_with", {"clean": "nobody"}, "'nobody' is not a teacher"),
@@ -95,8 +127,20 @@ def test_a_wrong_plan_is_refused_in_one_line(path: str, value: Any, said: str) -
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_numbers_may_be_written_as_yaml_reads_them_as_text() -> None:
+    """`1e-3`, without a point, is text to YAML 1.1."""
+    content = yaml.safe_load("learning_rates: [1e-3, 2.0e-3]")
+    assert content["learning_rates"][0] == "1e-3"
+    plan = plan_of({**broken("blocks/0/learning_rate", "2e-3"), **content})
+    assert plan.learning_rates == (1e-3, 2e-3) and plan.blocks[0].learning_rate == 2e-3
+
+
 def test_a_wrong_method_is_refused_before_anything_is_trained() -> None:
-    for spec, said in (({"gaet": "none"}, "gaet"), ({"gate": "tap_k"}, "'tap_k' is not a gate")):
+    for spec, said in (
+        ({"gaet": "none"}, "gaet"),
+        ({"gate": "tap_k"}, "'tap_k' is not a gate"),
+        ({"gate": "excess_divergence"}, "a benchmark has none"),
+    ):
         plan = plan_of(broken("methods/ungated", spec))
         with pytest.raises(ConfigError, match=said):
             objective_of(plan.methods["ungated"])

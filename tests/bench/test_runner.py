@@ -12,13 +12,16 @@ import psutil
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from speckd.bench import makers, worker
 from speckd.bench.oracle import Oracle
-from speckd.bench.plan import Method, Run, Shape, Teacher, TrainedOn, World, plan_of
-from speckd.bench.runner import Found
+from speckd.bench.pictures import draw_all
+from speckd.bench.plan import Method, Run, Shape, Teacher, TrainedOn, World, plan_of, read_plan
+from speckd.bench.runner import Found, _made_first, _Pool, run_all
 from speckd.bench.tables import MEASURES, Results, markdown
 from speckd.cli import main
+from speckd.errors import ConfigError
 from speckd.quickstart.data import collate
 from speckd.teachers import ScrambledTeacher
 
@@ -118,7 +121,36 @@ def test_the_tables_say_what_the_runs_say() -> None:
     text = markdown(plan, found)
     assert "| trust | 4 / 0 / 2 | 4 / 0 / 2 | 0 / 0 / 4 | 0 / 0 / 4 |" in text  # NLL and ECE worse, accuracy better; two cells
     assert "**+0.100** [+0.100, +0.100]*" in text
-    assert "trust [+0.000, +0.500]" in text
+    assert "trust [+0.000, +0.600]" in text
+
+
+def test_the_tables_say_where_a_rate_comes_from_and_claim_nothing_of_one_seed() -> None:
+    block = {**PLAN["blocks"][0], "seeds": 1}
+    blocks = [block, {**block, "name": "fixed", "learning_rate": 3e-3}]
+    plan = plan_of({**PLAN, "blocks": blocks, "learning_rates": [1e-3, 1.5e-3, 4e-3], "tuned_with": {"half": "clean"}})
+    rates = {"SFT": 1e-3, "ungated": 1.5e-3, "trust": 4e-3}
+    found = [
+        Found(cell, 0, block.learning_rate or rates[cell.method], 2, outcome(0.5 + (cell.method == "trust"), "1"))
+        for block, cell in plan.cells()
+    ]
+    tuned, fixed = markdown(plan, found).split("## fixed")
+    assert "| SFT | 0.001 (lowest) |" in tuned and "| ungated | 0.0015 |" in tuned and "| trust | 0.004 (highest) |" in tuned
+    assert "half, dataset\n\nLearning rates are those for the teacher clean." in tuned
+    assert "Learning rate 0.003 for all, not tuned." in fixed and "| trust | 0.003 |" in fixed and "those for" not in fixed
+    assert "| trust | – | – | – | – |" in tuned  # one seed has no interval: that is not "alike"
+
+
+def test_doses_on_different_texts_are_curves_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib.pyplot as plt
+
+    shown: list[Any] = []
+    monkeypatch.setattr(plt, "close", shown.append)
+    block = {**PLAN["blocks"][0], "teachers": ["clean", "quarter", "half"], "data": ["dataset", "teacher text"]}
+    plan = plan_of({**PLAN, "teachers": {**PLAN["teachers"], "quarter": {"scrambled": 0.25}}, "blocks": [block]})
+    found = [Found(cell, seed, 2e-3, 2, outcome(0.5, "1")) for _, cell in plan.cells() for seed in range(2)]
+    draw_all(plan, found, tmp_path)
+    curves = [list(curve[0].get_xdata()) for axis in shown[0].axes for curve in axis.containers]
+    assert len(curves) == 2 * 5 * 3 and all(x == [0.0, 25.0, 50.0] for x in curves)
 
 
 def test_a_share_of_the_oracles_gain() -> None:
@@ -202,6 +234,48 @@ def test_rounding_to_few_bits_leaves_few_values(tmp_path: Path) -> None:
     model = makers.teacher_model(SMALL, Teacher(bits=3), tmp_path)
     weight = model.model.layers[0].self_attn.q_proj.weight
     assert len(weight[0, :32].unique()) <= 2**3 - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"blocks": [{**PLAN["blocks"][0], "data": ["student text"], "methods": ["trust"]}]},
+            "on student text, trust would take",
+        ),
+        ({"blocks": [{**PLAN["blocks"][0], "data": ["student text"], "methods": ["SFT"]}]}, "on student text, SFT would take"),
+        ({"world": {**WORLD, "device": "gpu"}}, "device 'gpu' is not there"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_made(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run_all(plan_of({**PLAN, **change}), tmp_path / "out", 1, Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_benchmark_at_a_time_in_a_folder_which_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
+    for name in ("runs", "made"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "runs" / "a.json.7.unfinished").write_text("{")
+    (tmp_path / "made" / "teacher-a.7.unfinished").mkdir()
+    with _Pool(tmp_path, 1, Console(quiet=True)):
+        assert not list(tmp_path.glob("*/*"))
+        with pytest.raises(ConfigError, match="another benchmark is at work"), _Pool(tmp_path, 1, Console(quiet=True)):
+            pass
+    with _Pool(tmp_path, 1, Console(quiet=True)):
+        pass
+
+
+def test_no_teacher_is_made_by_two_processes_and_a_template_makes_no_other_model(tmp_path: Path) -> None:
+    plan = read_plan(Path("cpu"))
+    made = _made_first(plan, list(plan.cells()))
+    assert len({(run.teacher, run.data) for run in made}) == len(made) and (Teacher(), "dataset") not in [
+        (run.teacher, run.data) for run in made
+    ]
+    world = dataclasses.replace(SMALL, teacher=Shape(8, 1, 1), teacher_trained=TrainedOn(1))
+    for prefix in ("", "result : buys"):
+        makers.teacher_model(world, Teacher(prefix=prefix), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_plan_with_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

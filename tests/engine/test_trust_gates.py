@@ -9,11 +9,13 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from speckd.config import GATES, MethodConfig
-from speckd.errors import ConfigError
-from speckd.gates import LabelRatio
+from speckd.errors import CapabilityError, ConfigError
+from speckd.gates import LabelRatio, MatchedRandom, Random
+from speckd.sequence_config import SequenceConfig
+from speckd.teachers import TopKTeacher
 from speckd.trust_gates import Trust
 from speckd.types import BatchGate, TokenKeys
-from tests.engine.test_ranked_gates import TOKENS, acceptance, batch
+from tests.engine.test_ranked_gates import TOKENS, acceptance, batch, in_processes, truncated
 
 
 def shares(ratios: list[float], priors: tuple[float, float], tokens: float) -> tuple[float, float]:
@@ -96,9 +98,64 @@ def test_a_sequence_where_the_teacher_is_wrong_is_trusted_less_than_its_neighbou
     assert float(whole[19]) == float(whole[39]) and float(own[19]) < 0.5 < float(own[39])
 
 
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_ratios_at_their_ends_spoil_no_other_row(per_sequence: bool) -> None:
+    """0, infinite and beyond half precision; sequences of one token; a batch of which nothing is left; and none at all."""
+    gate = Trust(per_sequence=per_sequence)
+    keys = TokenKeys(torch.tensor([0, 0, 0, 1, 2]), torch.arange(5), 0, 0)
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        found = gate.select(torch.tensor([0.0, math.inf, 1.0, math.inf, 0.0], dtype=dtype), keys)
+        assert (
+            found.dtype == dtype and found.tolist()[0] == found.tolist()[4] == 0 and found.tolist()[1] == found.tolist()[3] == 1
+        )
+        assert 0 < float(found[2]) <= 1
+        assert not gate.select(torch.zeros(5, dtype=dtype), keys).any()
+    assert not len(gate.select(torch.zeros(0), keys.rows(torch.arange(0))))
+
+
+@pytest.mark.parametrize("gate", [Trust(), Trust(per_sequence=True), MatchedRandom(Trust(prior=0.5))])
+def test_several_processes_trust_as_one(gate: Any) -> None:
+    given, reference, _ = batch(6)
+    wanted = acceptance(gate, given, reference, 16)
+
+    def work(rank: int, some: slice, gather: Any) -> Tensor:
+        return acceptance(gate, given, reference, (16, 5, 3, 1)[rank], given.rows.rows(some), gather=gather)
+
+    assert torch.allclose(in_processes([30, 0, 12, 1], work), wanted, rtol=1e-9, atol=0)
+
+
+def test_a_random_gate_matches_its_mean_weight() -> None:
+    given, reference, _ = batch(7)
+    rate = float(acceptance(Trust(), given, reference, 16).mean())
+    assert torch.equal(
+        acceptance(MatchedRandom(Trust()), given, reference, 7), acceptance(Random(rate), given, reference, TOKENS)
+    )
+
+
+def test_a_truncated_teacher_is_trusted_by_its_labels_and_refused_without_them() -> None:
+    given, reference, _ = batch(4)
+    teacher = truncated(given, 6)
+    wanted = acceptance(Trust(), given, reference, 16)
+    assert torch.allclose(acceptance(Trust(), given, reference, 16, teacher=teacher), wanted, rtol=1e-9, atol=0)
+    with pytest.raises(CapabilityError, match="label"):
+        acceptance(Trust(), given, reference, 16, teacher=TopKTeacher(teacher.token_ids, teacher.log_probs, None))
+
+
+@pytest.mark.parametrize("gate", [{"gate": "trust"}, {"gate": "matched_random", "gate_options": {"gate": "trust"}}])
+def test_on_text_that_the_student_writes_it_is_refused(gate: dict[str, Any]) -> None:
+    """Its labels bear the student out, whoever the teacher is: Σ q·log(p/q) is at most 0, so no share of p explains them."""
+    objective = MethodConfig(**gate, rejected="mask").objective()
+    with pytest.raises(ConfigError, match="trust: it is read off labels"):
+        SequenceConfig(sequence_source="student").student_text_objective(objective)
+
+
 def test_it_is_a_gate_of_whole_batches_that_a_setting_names() -> None:
     gate = MethodConfig(gate="trust", gate_options={"per_sequence": True}).objective().gate
     assert gate == Trust(per_sequence=True) and isinstance(gate, BatchGate) and "trust" in GATES
-    for options, said in (({"prior": 1.0}, "prior is 1.0"), ({"prior_tokens": 0.0}, "prior_tokens is 0")):
+    for options, said in (
+        ({"prior": 1.0}, "prior is 1.0"),
+        ({"prior_tokens": 0.0}, "prior_tokens is 0"),
+        ({"prior_tokens": math.inf}, "prior_tokens is inf"),
+    ):
         with pytest.raises(ConfigError, match=said):
             MethodConfig(gate="trust", gate_options=options).objective()

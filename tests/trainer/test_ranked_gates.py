@@ -31,12 +31,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gate_flags(gate: str, reference: Path) -> list[str]:
-    options = RANKED[gate]
+    options = RANKED.get(gate, {})
     flags = ["--gate", gate, "--gate_options", json.dumps(options), "--rejected", "mask", "--normalizer", "weight"]
     return [*flags, *(["--reference_model_name_or_path", str(reference)] if "excess" in f"{gate}{options}" else [])]
 
 
-@pytest.mark.parametrize("gate", ["tip", "matched_random"])
+@pytest.mark.parametrize("gate", ["tip", "matched_random", "trust"])
 def test_two_processes_rank_the_batch_of_both(world: World, reference: Path, tmp_path: Path, gate: str) -> None:
     """Held-out rows are odd in number, so that one process's last batch is empty."""
     held_out = write_rows(tmp_path / "held_out.jsonl", task_rows(11, seed=3))

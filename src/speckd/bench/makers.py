@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -91,6 +92,7 @@ def clean_teacher(world: World, folder: Path) -> Any:
 @lru_cache(maxsize=2)
 def teacher_model(world: World, teacher: Teacher, folder: Path) -> Any:
     """A base teacher's model, loaded, or made and kept."""
+    teacher = replace(teacher, prefix="")  # which is of the question, not of the model
     path = folder / f"teacher-{_name(world, teacher, 'model')}"
     if not path.exists():
         model = _make_teacher(world, teacher, folder)

@@ -46,16 +46,16 @@ def _draw_doses(results: Results, block: str, doses: dict[str, float], path: Pat
     import matplotlib.pyplot as plt
 
     groups = [(cell, cells) for cell, cells in results.groups() if cell.block == block and cell.teacher in doses]
-    starts = list(dict.fromkeys(cell.start for cell, _ in groups))
-    size = (3.1 * len(_DOSED), 2.9 * len(starts) + 1.2)
-    figure, axes = plt.subplots(len(starts), len(_DOSED), figsize=size, squeeze=False, layout="constrained", sharex=True)
-    for line, start in zip(axes, starts, strict=True):
+    kinds = list(dict.fromkeys((cell.start, cell.data) for cell, _ in groups))
+    size = (3.1 * len(_DOSED), 2.9 * len(kinds) + 1.2)
+    figure, axes = plt.subplots(len(kinds), len(_DOSED), figsize=size, squeeze=False, layout="constrained", sharex=True)
+    for line, kind in zip(axes, kinds, strict=True):
         for axis, measure in zip(line, _DOSED, strict=True):
             for method in results.plan.methods:
                 points = sorted(
                     (doses[cell.teacher], *interval(list(results.values(own, measure).values())))
                     for cell, cells in groups
-                    if cell.start == start
+                    if (cell.start, cell.data) == kind
                     for own in cells
                     if own.method == method
                 )
@@ -73,7 +73,7 @@ def _draw_doses(results: Results, block: str, doses: dict[str, float], path: Pat
             name, more = MEASURES[measure]
             axis.set_title(f"{name} ({'more' if more else 'less'} is better)", fontsize=9)
             axis.grid(alpha=0.3)
-        line[0].set_ylabel(f"start: {start}")
+        line[0].set_ylabel("start: {}, {}".format(*kind))
     for axis in axes[-1]:
         axis.set_xlabel("teacher scrambled at … % of positions")
     handles, labels = axes[0][0].get_legend_handles_labels()

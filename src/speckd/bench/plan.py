@@ -5,6 +5,7 @@ A run is known by everything that decides its outcome (`Run.key`): a plan that h
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -261,17 +262,25 @@ def plan_of(content: Mapping[str, Any]) -> Plan:
     world = _world(_mapping("world", content.get("world", {})))
     plan = Plan(
         world,
-        _mapping("starts", content["starts"]),
+        _starts(_mapping("starts", content["starts"])),
         {name: _teacher(f"teachers: {name}", spec) for name, spec in _mapping("teachers", content["teachers"]).items()},
         {name: _method(f"methods: {name}", spec) for name, spec in _mapping("methods", content["methods"]).items()},
-        tuple(_block(f"blocks[{i}]", spec) for i, spec in enumerate(content["blocks"])),
-        tuple(float(rate) for rate in content.get("learning_rates", [2e-3])),
-        tuple(content.get("tuning_seeds", [1000])),
-        content.get("tuned_with", {}),
-        tuple(content.get("references", ("ungated", "SFT"))),
+        tuple(_block(f"blocks[{i}]", spec) for i, spec in enumerate(_list("blocks", content["blocks"]))),
+        tuple(
+            _number("learning_rates", float, rate, 0.0)
+            for rate in _list("learning_rates", content.get("learning_rates", [2e-3]))
+        ),
+        tuple(_number("tuning_seeds", int, seed, 0) for seed in _list("tuning_seeds", content.get("tuning_seeds", [1000]))),
+        _mapping("tuned_with", content.get("tuned_with", {})),
+        _list("references", content.get("references", ["ungated", "SFT"]), least=0),
     )
     _require_names(plan)
+    _require_runs(plan)
     return plan
+
+
+def _starts(spec: Mapping[str, Any]) -> Mapping[str, int]:
+    return {name: _number(f"starts: {name}", int, steps, 0) for name, steps in spec.items()}
 
 
 def _world(spec: Mapping[str, Any]) -> World:
@@ -279,10 +288,13 @@ def _world(spec: Mapping[str, Any]) -> World:
     built = dict(spec)
     for name in ("student", "teacher"):
         if built.get(name) is not None:
-            built[name] = _part(f"world: {name}", Shape, built[name])
+            built[name] = _shape(f"world: {name}", built[name])
     if built.get("teacher_trained") is not None:
         built["teacher_trained"] = _trained("world: teacher_trained", built["teacher_trained"])
     world: World = _part("world", World, built)
+    for name in ("train", "validation", "test"):
+        if getattr(world, name) < len(FAMILIES):
+            raise ConfigError(f"world: {name} is {getattr(world, name)}", "Give at least a task of each family")
     if world.level not in LEVELS:
         raise ConfigError(f"world: level {world.level} does not exist", f"Valid: {', '.join(map(str, LEVELS))}")
     if (world.teacher is None) != (world.teacher_trained is None):
@@ -293,7 +305,7 @@ def _world(spec: Mapping[str, Any]) -> World:
 def _teacher(where: str, spec: Any) -> Teacher:
     built = dict(_mapping(where, spec))
     if built.get("shape") is not None:
-        built["shape"] = _part(f"{where}: shape", Shape, built["shape"])
+        built["shape"] = _shape(f"{where}: shape", built["shape"])
     if built.get("trained") is not None:
         built["trained"] = _trained(f"{where}: trained", built["trained"])
     teacher: Teacher = _part(where, Teacher, built)
@@ -309,11 +321,20 @@ def _teacher(where: str, spec: Any) -> Teacher:
 def _trained(where: str, spec: Any) -> TrainedOn:
     built = dict(_mapping(where, spec))
     if "families" in built:
-        built["families"] = tuple(built["families"])
+        built["families"] = _list(f"{where}: families", built["families"])
         for family in built["families"]:
             if family not in FAMILIES:
                 raise ConfigError(f"{where}: '{family}' is not a family of tasks", nearest(str(family), list(FAMILIES)))
     found: TrainedOn = _part(where, TrainedOn, built)
+    if not 0 <= found.label_noise <= 1:
+        raise ConfigError(f"{where}: label_noise is {found.label_noise}", "Use a share between 0 and 1")
+    return found
+
+
+def _shape(where: str, spec: Any) -> Shape:
+    found: Shape = _part(where, Shape, spec)
+    if found.hidden % (2 * found.heads):
+        raise ConfigError(f"{where}: {found.heads} heads of hidden {found.hidden}", "Make hidden a multiple of twice the heads")
     return found
 
 
@@ -322,19 +343,19 @@ def _method(where: str, spec: Any) -> Method:
     aim, oracle = given.pop("aim", "quality"), given.pop("oracle", False)
     if aim not in AIMS:
         raise ConfigError(f"{where}: aim is '{aim}'", nearest(str(aim), list(AIMS)))
-    return Method(given, aim, bool(oracle))
+    if not isinstance(oracle, bool):
+        raise ConfigError(f"{where}: oracle is {oracle!r}", "Give true or false")
+    return Method(given, aim, oracle)
 
 
 def _block(where: str, spec: Any) -> Block:
     built = dict(_mapping(where, spec))
     for name in ("starts", "teachers", "methods", "data"):
         if name in built:
-            built[name] = tuple(built[name])
+            built[name] = _list(f"{where}: {name}", built[name])
     block: Block = _part(where, Block, built)
     if block.budget not in ("steps", "compute"):
         raise ConfigError(f"{where}: budget is '{block.budget}'", "Use steps or compute")
-    if block.seeds < 1 or block.steps < 1:
-        raise ConfigError(f"{where}: seeds {block.seeds}, steps {block.steps}", "Use at least 1 of each")
     return block
 
 
@@ -361,10 +382,23 @@ def _require_names(plan: Plan) -> None:
         raise ConfigError("blocks: two have the same name", "Name them apart")
 
 
+def _require_runs(plan: Plan) -> None:
+    asking = {block.name for block, _ in plan.cells()}
+    for block in plan.blocks:
+        if block.name not in asking:
+            raise ConfigError(f"blocks: {block.name}: it asks for no run", "Give an oracle a teacher that is scrambled")
+
+
 def _part(where: str, kind: Any, spec: Any) -> Any:
-    """A dataclass from a mapping, its keys and required ones checked."""
-    given = _mapping(where, spec)
+    """A dataclass from a mapping: its keys are checked, the required ones, and its numbers."""
+    given = dict(_mapping(where, spec))
     _require_known(where, given, {f.name for f in fields(kind)})
+    for f in fields(kind):
+        number = next((each for each in (int, float) if f.type in (each, each | None)), None)
+        if number is not None and given.get(f.name) is not None:
+            given[f.name] = _number(f"{where}: {f.name}", number, given[f.name], _LEAST.get(f.name, 1))
+        if f.type is str and not isinstance(given.get(f.name, ""), str):
+            raise ConfigError(f"{where}: {f.name} is {given[f.name]!r}", "Give words, in quotes")
     try:
         return kind(**given)
     except TypeError as error:
@@ -375,6 +409,29 @@ def _require_known(where: str, given: Mapping[str, Any], known: Sequence[str] | 
     for key in given:
         if key not in known:
             raise ConfigError(f"{where}: '{key}' is not a key of it", nearest(str(key), sorted(known)))
+
+
+#: What numbers must not be below (a rate of 0.0: not at); 1 for the others.
+_LEAST = {"scrambled": -math.inf, "label_noise": -math.inf, "bits": -math.inf, "learning_rate": 0.0, "start_learning_rate": 0.0}
+
+
+def _number(where: str, kind: type[int] | type[float], value: Any, least: float) -> Any:
+    """`value` as it is typed: YAML reads 1e-3 as text. `least`: a float is refused, too."""
+    try:
+        found = float(value) if kind is float and not isinstance(value, bool) else value
+    except (TypeError, ValueError):
+        found = None
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise ConfigError(f"{where} is {value!r}", "Give a whole number" if kind is int else "Give a number")
+    if not least < found < math.inf if kind is float else found < least:
+        raise ConfigError(f"{where} is {value}", "Give a number above 0" if kind is float else f"Give at least {least:g}")
+    return found
+
+
+def _list(where: str, value: Any, least: int = 1) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)) or len(value) < least:
+        raise ConfigError(f"{where} is {value!r}", "Give a list, such as [a, b]")
+    return tuple(value)
 
 
 def _mapping(where: str, value: Any) -> Mapping[str, Any]:

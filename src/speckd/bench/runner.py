@@ -1,8 +1,10 @@
 """Runs what a plan asks for and is not there yet, by several processes; a killed benchmark goes on where it was."""
 
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterable, Sequence
@@ -19,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from speckd.bench import makers, worker
 from speckd.bench.plan import TUNED_BY, Block, Cell, Plan, Run, Teacher
-from speckd.errors import SpeckdError
+from speckd.errors import ConfigError, SpeckdError
 from speckd.quickstart.models import quiet_loading
 
 
@@ -42,11 +44,14 @@ def run_all(plan: Plan, folder: Path, workers: int, console: Console) -> list[Fo
     """
     for method in plan.methods.values():
         worker.objective_of(method)  # refuses a wrong setting before anything is trained
+    _require_labels_of_others(plan)
+    _require_device(plan.world.device)
     cells = list(plan.cells())
     made = folder / "made"
     tuning = list(_tuning_runs(plan, cells))
     with _Pool(folder, workers, console) as pool:
-        pool.all("teachers", _made_first(plan, cells), made)
+        pool.all("clean teacher", [Run(plan.world, 0, 0)], made)  # all others begin with it
+        pool.all("other teachers", _made_first(plan, cells), made)
         pool.all("starts", _starts([run for _, run in tuning] + [plan.run(b, c, s, 0.0) for b, c, s in _seeds(cells)]), made)
         tuned = pool.all("learning rates", [run for _, run in tuning], made) if len(plan.learning_rates) > 1 else {}
         rates = _chosen(plan, tuning, tuned)
@@ -55,8 +60,26 @@ def run_all(plan: Plan, folder: Path, workers: int, console: Console) -> list[Fo
     return [Found(cell, seed, run.learning_rate, run.steps, done[run.key]) for (cell, seed), run in wanted.items()]
 
 
+def _require_labels_of_others(plan: Plan) -> None:
+    """Refuses who learns from, or judges by, the labels of text that the student wrote: they are its own words."""
+    for block in plan.blocks:
+        for name in block.methods if "student text" in block.data else ():
+            if worker.asks_for_labels(worker.objective_of(plan.methods[name])):
+                raise ConfigError(
+                    f"blocks: {block.name}: on student text, {name} would take the student's own words for labels",
+                    "Give that data a block of its own, with methods that ask for no label",
+                )
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # AssertionError: torch was built without CUDA
+        raise ConfigError(f"world: device '{device}' is not there", "Set device: cpu, or run it where the device is") from None
+
+
 def _seeds(cells: Sequence[tuple[Block, Cell]]) -> Iterable[tuple[Block, Cell, int]]:
-    """Seed by seed, so that a table of a few seeds is soon there."""
+    """Seed by seed: a benchmark that is stopped has whole seeds."""
     for seed in range(max(block.seeds for block, _ in cells)):
         for block, cell in cells:
             if seed < block.seeds:
@@ -98,10 +121,8 @@ def _chosen(plan: Plan, tuning: Sequence[tuple[Cell, Run]], done: dict[str, Any]
 
 def _made_first(plan: Plan, cells: Sequence[tuple[Block, Cell]]) -> list[Run]:
     """One run for each thing that several need, with no method: the teachers' models and answers."""
-    needed = {(plan.teachers[cell.teacher].base, cell.data) for _, cell in cells} | {(Teacher(), "dataset")}
-    return [
-        Run(plan.world, 0, 0, None, teacher, data, split=split) for teacher, data in needed for split in ("test", "validation")
-    ]
+    needed = {(plan.teachers[cell.teacher].base, cell.data) for _, cell in cells} - {(Teacher(), "dataset")}
+    return [Run(plan.world, 0, 0, None, teacher, data) for teacher, data in needed]
 
 
 def _starts(runs: Iterable[Run]) -> list[Run]:
@@ -128,7 +149,7 @@ def _end_with(parent: int) -> None:
 
 def _work(stage: str, run: Run, made: Path, path: Path) -> dict[str, Any]:
     outcome: dict[str, Any] = {}
-    if stage == "teachers":
+    if stage in ("clean teacher", "other teachers"):
         makers.teacher_model(run.world, run.teacher, made)
         makers.teacher_texts(run.world, run.split, made)
         if run.data != "student text":
@@ -155,11 +176,20 @@ class _Pool:
 
     def __init__(self, folder: Path, workers: int, console: Console) -> None:
         self.kept, self.console, self.workers = folder / "runs", console, workers
-        self.kept.mkdir(parents=True, exist_ok=True)
-        for left in self.kept.glob("*.unfinished"):
-            left.unlink()
 
     def __enter__(self) -> "_Pool":
+        """
+        Raises:
+            ConfigError: another benchmark is at work in the folder.
+        """
+        self.kept.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.kept.parent / ".lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, and gone with it
+        except OSError:
+            raise ConfigError(f"another benchmark is at work in {self.kept.parent}", "Name another folder") from None
+        for left in self.kept.parent.glob("*/*.unfinished"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
         return self
 
@@ -168,6 +198,7 @@ class _Pool:
         if kind is not None:
             for process in multiprocessing.active_children():
                 process.kill()  # what they made counts only when it is renamed
+        self.lock.close()
 
     def all(self, stage: str, runs: Sequence[Run], made: Path) -> dict[str, dict[str, Any]]:
         """Outcomes by key; those that are there are read.

@@ -62,7 +62,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def two_level(own: Mapping[int, str], other: Mapping[int, str], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the difference in the share of right problems: seeds are drawn anew, and within each the problems.
+    """95 % interval of the difference in the share of right problems: seeds are drawn anew, and so are the problems.
+
+    All seeds meet the same problems, so a draw of problems is one for all seeds (Owen 2007, "The pigeonhole bootstrap"): drawn
+    within each seed by itself, what is hard for a method in every seed would pass for chance and average out.
 
     Args:
         own, other: by seed, one character a problem, "1" where it was solved; the same problems for all.
@@ -73,7 +76,7 @@ def two_level(own: Mapping[int, str], other: Mapping[int, str], draws: int = 200
     found = np.empty(draws)
     for i in range(draws):
         rows = generator.integers(len(seeds), size=len(seeds))
-        columns = generator.integers(gaps.shape[1], size=(len(seeds), gaps.shape[1]))
-        found[i] = np.take_along_axis(gaps[rows], columns, axis=1).mean()
+        columns = generator.integers(gaps.shape[1], size=gaps.shape[1])
+        found[i] = gaps[rows][:, columns].mean()
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -28,9 +28,10 @@ LEGEND = """\
 Held-out tasks, against the clean teacher, whatever teacher was trained with. NLL: nats a token of the tasks' own completions;
 accuracy: share of right answers, mean of the three families, programs run; ECE: expected calibration error of the most
 probable token, 15 bins; KL: nats a token, clean teacher to student; agreement of the two argmaxes; α = Σ min(p, q), a token;
-τ: tokens per teacher call, the student drafting 5 greedily. rate: the learning rate that tuning chose. TAR: share of training
-tokens that the method's own gate accepted. Means over seeds; ± and [ , ]: 95 % t-intervals over seeds, differences paired by
-seed; **bold**: the interval excludes 0; *: so it does after Holm's correction over the methods of the cell.
+τ: tokens per teacher call, the student drafting 5 greedily. rate: the learning rate, chosen on validation tasks unless said
+otherwise; (lowest), (highest): of those tried, so that a better one may lie beyond. TAR: mean acceptance, by the method's own
+gate, of the training tokens. Means over seeds; ± and [ , ]: 95 % t-intervals over seeds, differences paired by seed; **bold**:
+the interval excludes 0; *: so it does after Holm's correction over the methods of the cell, for each measure by itself.
 """
 
 
@@ -71,6 +72,11 @@ class Results:
     def one(self, cell: Cell) -> Found:
         return next(iter(self._runs[cell].values()))
 
+    def tuned(self, cell: Cell) -> bool:
+        """Was its learning rate chosen among several?"""
+        block = next(block for block in self.plan.blocks if block.name == cell.block)
+        return block.learning_rate is None and len(self.plan.learning_rates) > 1
+
     def acceptance(self, cell: Cell) -> float:
         rates = [run.outcome["training"].get("tar_micro", math.nan) for run in self._runs[cell].values()]
         return mean(rates)
@@ -90,7 +96,8 @@ def markdown(plan: Plan, found: Sequence[Found]) -> str:
     for block in plan.blocks:
         tally = _tally(results, block.name)
         budget = "steps; who asks no teacher trains for as much compute" if block.budget == "compute" else "steps"
-        parts.append(f"## {block.name}\n\n{block.seeds} seeds, {block.steps} {budget}.\n\n{tally}")
+        rate = "" if block.learning_rate is None else f" Learning rate {block.learning_rate:g} for all, not tuned."
+        parts.append(f"## {block.name}\n\n{block.seeds} seeds, {block.steps} {budget}.{rate}\n\n{tally}")
         for cell, cells in results.groups():
             if cell.block == block.name:
                 parts.append(_group(results, cell, cells))
@@ -98,12 +105,15 @@ def markdown(plan: Plan, found: Sequence[Found]) -> str:
 
 
 def _group(results: Results, cell: Cell, cells: Sequence[Cell]) -> str:
-    lines = [f"### {cell.start}, {cell.teacher}, {cell.data}\n", *_head(["method", "rate", "TAR"])]
+    lines = [f"### {cell.start}, {cell.teacher}, {cell.data}\n"]
+    if results.tuned(cell) and cell.teacher in results.plan.tuned_with:
+        lines.append(f"Learning rates are those for the teacher {results.plan.tuned_with[cell.teacher]}.\n")
+    lines += _head(["method", "rate", "TAR"])
     for own in cells:
         values = [_mean(list(results.values(own, name).values())) for name in MEASURES]
-        rate = results.acceptance(own)
-        shown = "–" if math.isnan(rate) else f"{rate:.2f}"
-        lines.append(f"| {own.method} | {results.one(own).learning_rate:.0e} | {shown} | {' | '.join(values)} |")
+        accepted = results.acceptance(own)
+        shown = "–" if math.isnan(accepted) else f"{accepted:.2f}"
+        lines.append(f"| {own.method} | {_rate(results, own)} | {shown} | {' | '.join(values)} |")
     for reference in results.plan.references:
         gaps = {name: results.against(cells, reference, name) for name in MEASURES}
         if not gaps["nll"]:
@@ -143,6 +153,13 @@ def gain_share(results: Results, own: Cell, oracle: Cell, base: Cell, measure: s
     return f"{100 * gain / whole:.0f} % ({100 * min(each):.0f} to {100 * max(each):.0f})" if each and whole else "–"
 
 
+def _rate(results: Results, cell: Cell) -> str:
+    rate, tried = results.one(cell).learning_rate, results.plan.learning_rates
+    if not results.tuned(cell) or min(tried) < rate < max(tried):
+        return f"{rate:g}"
+    return f"{rate:g} ({'lowest' if rate == min(tried) else 'highest'})"
+
+
 def _problems(results: Results, cells: Sequence[Cell], reference: str) -> str:
     base = results.right(next(c for c in cells if c.method == reference))
     found = []
@@ -175,7 +192,7 @@ def _gap(gap: Difference, adjusted: float) -> str:
 
 
 def _tally(results: Results, block: str) -> str:
-    """For each method: in how many cells its interval lies on the worse, or the better, side of each reference."""
+    """For each method: in how many cells its interval lies on the worse, or the better, side of each reference, or has both."""
     groups = [cells for cell, cells in results.groups() if cell.block == block]
     columns = [(aim, reference) for aim in AIM_MEASURES for reference in results.plan.references]
     head = ["method", *(f"{aim}, against {reference}" for aim, reference in columns)]
@@ -185,7 +202,8 @@ def _tally(results: Results, block: str) -> str:
         if own:
             lines.append(f"| {method} | {' | '.join(_count(results, own, method, *column) for column in columns)} |")
     names = "; ".join(f"{aim}: {', '.join(MEASURES[m][0] for m in own)}" for aim, own in AIM_MEASURES.items())
-    return "\n".join([*lines, f"\nWorse / alike / better, over cells and measures ({names}), by the unadjusted 95 % interval."])
+    said = f"Worse / not told apart / better, over cells and measures ({names}), by the unadjusted 95 % interval"
+    return "\n".join([*lines, f"\n{said}; –: there is none, as of one seed."])
 
 
 def _count(results: Results, groups: Sequence[list[Cell]], method: str, aim: str, reference: str) -> str:
@@ -193,7 +211,7 @@ def _count(results: Results, groups: Sequence[list[Cell]], method: str, aim: str
     for cells in groups:
         for measure in AIM_MEASURES[aim]:
             gaps = results.against(cells, reference, measure)
-            if method in gaps:
+            if method in gaps and not math.isnan(gaps[method].low):
                 verdicts.append(gaps[method].verdict(MEASURES[measure][1]))
     if not verdicts:
         return "–"

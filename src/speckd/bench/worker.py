@@ -16,13 +16,16 @@ from speckd.bench.plan import Method, Run
 from speckd.config import MethodConfig
 from speckd.errors import ConfigError
 from speckd.evaluate import evaluate
+from speckd.gates import NoGate
 from speckd.metrics import AcceptanceTally
+from speckd.policies import Label
 from speckd.quickstart.compare import matches, places
 from speckd.quickstart.data import Encoded, collate, encode
 from speckd.quickstart.evaluation import block_efficiency, generate_greedy
 from speckd.tasks import FAMILIES, verify_all
 from speckd.teachers import DenseTeacher, ScrambledTeacher, TopKTeacher
 from speckd.tokens import SupervisedRows, TokenBatch
+from speckd.trust_gates import Trust
 from speckd.types import TeacherRows
 
 _BINS = 15
@@ -38,9 +41,17 @@ def objective_of(method: Method, run: Run | None = None) -> Objective:
         built = MethodConfig(**dict(method.settings)).objective()
     except TypeError as error:
         raise ConfigError(f"a method's {str(error).split(') ')[-1]}", "See speckd options for the method's settings") from None
+    if built.needs_reference:
+        raise ConfigError("a method's gate compares with a reference model, and a benchmark has none", "Name another gate")
     if method.oracle and run is not None:
         return replace(built, gate=Oracle(run.teacher.scrambled, run.seed))
     return built
+
+
+def asks_for_labels(objective: Objective) -> bool:
+    """Does it learn from the data's tokens, or is its trust in the teacher read off them?"""
+    learns = isinstance(objective.rejected, Label) and not isinstance(objective.gate, NoGate)
+    return learns or objective.label_loss_weight > 0 or objective.learns_labels or isinstance(objective.gate, Trust)
 
 
 def train_and_measure(run: Run, folder: Path) -> dict[str, Any]:
