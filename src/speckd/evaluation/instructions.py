@@ -217,13 +217,18 @@ def require(name: str, row: Row) -> None:
         if not isinstance(instruction, str) or instruction not in CHECKS:
             raise DataError(f"{where}: '{instruction}' cannot be checked here", nearest(str(instruction), list(CHECKS)))
         for field in CHECKS[instruction][1]:
-            if options.get(field) is None:
-                raise DataError(f"{where}: {instruction} has no {field}", "Give it in kwargs, as IFEval's rows do")
-            kind = _kind(field)
-            if not isinstance(options[field], kind) or (kind is list and not all(isinstance(w, str) for w in options[field])):
-                raise DataError(f"{where}: {instruction}: {field} is {options[field]!r:.40}", f"Give {_KINDS[kind]}")
-            if field.endswith("relation") and options[field] not in _RELATIONS:
-                raise DataError(f"{where}: {instruction}: {field} is {options[field]!r}", f"Give {' or '.join(_RELATIONS)}")
+            _require_field(f"{where}: {instruction}", field, options.get(field))
+
+
+def _require_field(where: str, field: str, given: Any) -> None:
+    if given is None:
+        raise DataError(f"{where} has no {field}", "Give it in kwargs, as IFEval's rows do")
+    kind = _kind(field)
+    fits = isinstance(given, kind)
+    if not fits or (kind is list and not all(isinstance(word, str) for word in given)):
+        raise DataError(f"{where}: {field} is {given!r:.40}", f"Give {_KINDS[kind]}")
+    if field.endswith("relation") and given not in _RELATIONS:
+        raise DataError(f"{where}: {field} is {given!r}", f"Give {' or '.join(_RELATIONS)}")
 
 
 def score(row: Row, completion: str) -> tuple[dict[str, Any], dict[str, Any]]:
