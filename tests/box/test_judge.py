@@ -26,6 +26,19 @@ def row(*tests: str, code: str = "def f(x): ...", setup: str = "") -> dict[str, 
     return {"task_id": 1, "text": "Do it.", "code": code, "test_list": list(tests), "test_setup_code": setup}
 
 
+def test_a_wrong_answer_that_cannot_be_written_is_wrong() -> None:
+    """Python refuses to write an int of more than 4,300 digits, and a reason tells what came back."""
+    for value in (10**5000, [10**5000], {"a": (10**5000,)}):
+        verdict = judge(problem(row("assert f(1) == 2")), "def f(x): pass", Fixed(value))
+        assert verdict.judgeable and not verdict.passed and "large int" in verdict.reason
+
+
+def test_a_row_of_human_evals_shape_needs_its_prompt() -> None:
+    fields = {name: value for name, value in human("    assert candidate(1) == 2").items() if name != "prompt"}
+    with pytest.raises(DataError, match="neither"):
+        problem(fields)
+
+
 def human(test: str, prompt: str = 'def f(x):\n    """Adds one."""\n') -> dict[str, Any]:
     return {"task_id": "T/1", "prompt": prompt, "entry_point": "f", "test": f"def check(candidate):\n{test}"}
 

@@ -24,6 +24,7 @@ from speckd.evaluation.compare import compare
 from speckd.quickstart.data import collate, encode
 from speckd.tasks import distinct
 from tests.repository.files import PACKAGE, ROOT
+from tests.sources.models import random_model
 from tests.tiny import write_model, write_rows
 
 QUICKSTART = PACKAGE / "quickstart" / "teacher"
@@ -272,6 +273,22 @@ def test_prompts_that_fill_all_positions_are_counted(place: Path, tmp_path: Path
         assert found["draft"]["metrics"]["speedup"]["n"] == 1
 
 
+def test_a_prompt_beyond_the_positions_of_a_table_is_not_read(tmp_path: Path) -> None:
+    """GPT-2 looks its positions up, and has 64 here."""
+    tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "tokenizer", seed=0))
+    for seed, name in enumerate(("student", "teacher")):
+        random_model("gpt2", seed, len(tokenizer)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    word = examples()[0].prompt.split()[0]
+    rows = [{"prompt": " ".join([word] * n), "completion": f" {word}"} for n in (5, 100)]
+    data = str(write_rows(tmp_path / "long.jsonl", rows))
+    task = {"kind": "draft", "data": data, "timed_prompts": 0}
+    assert run(config(tmp_path, tmp_path / "out", {"draft": task, "rouge": {"kind": "rouge", "data": data}})) == 0
+    found = results(tmp_path / "out")["tasks"]["draft"]
+    assert found["counts"]["without_room"] == 1
+    assert {metric["n"] for metric in found["metrics"].values()} == {1}, "no metric has a part of it"
+
+
 def test_a_damaged_line_is_named(place: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "damaged"
     shutil.copytree(whole, output)
@@ -355,6 +372,21 @@ def test_an_evaluation_against_itself_differs_by_nothing(whole: Path) -> None:
     assert all(row["difference"] == row["low"] == row["high"] == 0 for row in compare([whole, whole]))
 
 
+def test_what_else_differs_is_said(place: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder in (whole, shutil.copytree(whole, tmp_path / "other")):
+        compare([whole, folder])
+    assert caplog.text == ""
+    found = results(tmp_path / "other")
+    found["teacher"] = None
+    found["tasks"]["draft"]["options"]["draft_length"] = 3
+    found["tasks"]["rouge"]["data"]["sha256"] = "0"
+    del found["tasks"]["checks"]
+    (tmp_path / "other" / "evaluation.json").write_text(json.dumps(found))
+    compare([whole, tmp_path / "other"])
+    words = ("their teachers", "only one has the task checks", "draft.draft_length is 5 there and 3 now", "rouge.data is ")
+    assert len(caplog.records) == 4 and all(each in caplog.text for each in words)
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -396,6 +428,9 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c["tasks"]["t"].update(fewshot=3), "'fewshot' is not a setting of an evaluation. Did you mean 'few_shot'?"),
         (lambda c: c["tasks"]["t"].update(few_shot=3), "few_shot and few_shot_data belong together"),
         (lambda c: c["tasks"]["t"].update(few_shot=30, few_shot_data=c["tasks"]["t"]["data"]), "has 10 rows. few_shot is 30"),
+        (lambda c: c["tasks"]["t"].update(few_shot=3, few_shot_data=c["tasks"]["t"]["data"]), "few_shot_data is data itself"),
+        (lambda c: c["tasks"]["t"].update(stop=["\n", ""]), "stop: an empty text ends every answer at once"),
+        (lambda c: c["tasks"]["t"].update(kind="code", pass_at=[]), "pass_at is empty"),
         (lambda c: c["tasks"]["t"].update(draft_length=3), "draft_length has no effect on a task of kind math"),
         (lambda c: c["tasks"]["t"].update(samples=3), "3 greedy samples would all be the same"),
         (lambda c: c["tasks"]["t"].update(prompt_column="q"), "row 1: no column 'q' (prompt_column). There is: question"),

@@ -147,6 +147,12 @@ def row(ids: Any, options: Any) -> Row:
         (["punctuation:no_comma"], [], "no instruction_id_list and kwargs of one length"),
         ([], [], "no instruction_id_list"),
         (None, None, "no instruction_id_list"),
+        ([["punctuation:no_comma"]], [{}], "cannot be checked here"),
+        (["punctuation:no_comma"], ["x"], "kwargs holds 'x'. Give one mapping for each instruction"),
+        (["keywords:existence"], [{"keywords": "sun"}], "keywords is 'sun'. Give a list of texts"),
+        (["keywords:forbidden_words"], [{"forbidden_words": [3]}], "forbidden_words is [3]. Give a list of texts"),
+        (["detectable_format:number_bullet_lists"], [{"num_bullets": "2"}], "num_bullets is '2'. Give a whole number"),
+        (["startend:end_checker"], [{"end_phrase": 3}], "end_phrase is 3. Give a text"),
         (["length_constraints:number_words"], [{"num_words": 3, "relation": "about"}], "relation is 'about'"),
     ],
 )

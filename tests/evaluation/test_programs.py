@@ -1,5 +1,6 @@
 """pass@k of programs that run in the box, and what is refused where there is none."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from speckd.box import Box, Unboxed
 from speckd.cli import main
 from speckd.evaluation import programs
 from speckd.evaluation.items import columns
+from speckd.evaluation.journal import encoded
 from speckd.evaluation.options import TaskOptions
 from speckd.evaluation.rows import Row, read_rows
 from speckd.evaluation.statistics import value
@@ -52,12 +54,18 @@ def test_a_program_is_run_and_judged(fields: dict[str, Any], completion: str, pa
     assert scores == {"passed": passed} and words in more["verdict"]
 
 
+def test_half_a_character_of_a_programs_error_is_kept() -> None:
+    program = "def double(x):\n    raise ValueError('\\ud800 \\xe9')\n"
+    _, more = programs.score(Unboxed(), row(MBPP), program)
+    assert "\ud800 \xe9" in more["verdict"] and json.loads(encoded(more)) == more
+
+
 def test_what_cannot_be_judged_counts_for_nothing() -> None:
     fields = MBPP | {"test_list": ["assert True"]}
     scores, more = programs.score(Unboxed(), row(fields), "def double(x): ...")
     assert scores == {} and more["verdict"].startswith("not judgeable")
     lines = [line(0, passed=True), line(0, passed=False), line(1)]
-    assert programs.counts(lines) == {"judged": 1, "not_judgeable": 1}
+    assert programs.counts(lines) == {"judged": 1, "not_judgeable": 1, "run_without_box": 0}
     assert value(programs.metrics([1])[0], list(columns(lines).values())) == 0.5
 
 
@@ -94,7 +102,9 @@ def test_without_a_box_nothing_is_generated(
     assert main(["evaluate", *flags]) == 2
     assert "no namespaces here" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main(["evaluate", *flags, "--i-accept-unsandboxed-code"]) == 0
-    assert (tmp_path / "out" / "evaluation.json").is_file()
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["tasks"]["code"]["counts"]["run_without_box"] == 1
+    assert "no box can be had here: the model's programs run with your rights" in capsys.readouterr().err
 
 
 def test_the_acceptance_belongs_to_code(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

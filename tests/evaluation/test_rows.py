@@ -48,6 +48,20 @@ def test_mawps_gets_its_numbers_back(tmp_path: Path) -> None:
     assert (found.prompt, found.reference) == (QUESTION.format("56 and 9.5 , or number10 ?"), "65")
 
 
+def test_a_number_is_the_same_beside_fractions(tmp_path: Path) -> None:
+    found = rows(write_rows(tmp_path / "data.jsonl", [{"question": "?", "answer": n} for n in (4, 2.5, -3)]))
+    assert [row.reference for row in found] == ["4", "2.5", "-3"]
+
+
+def test_several_references_are_not_taken_for_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1: the reference is \['a', 'b'\]"):
+        rows(write_rows(tmp_path / "data.jsonl", [{"prompt": "?", "reference": ["a", "b"]}]))
+
+
+def test_mawps_without_answers_has_no_references(tmp_path: Path) -> None:
+    assert rows(write_rows(tmp_path / "data.jsonl", [{"Question": "1 and 1 ?"}]))[0].reference is None
+
+
 def test_a_csv_line_with_too_few_cells_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cv.csv"
     path.write_text("prompt,completion\na,b\nc\n")

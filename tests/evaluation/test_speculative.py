@@ -49,6 +49,7 @@ def test_the_accepted_are_as_many_as_their_chances_say(draft_length: int) -> Non
     """Σ (accepted − Σ min(p, q)) over a text is a martingale, so its mean over texts is normal about 0."""
     tallies = list(written(draft_length)[1].values())
     gaps = torch.tensor([each.accepted - each.alpha for each in tallies], dtype=torch.float64)
+    assert all(each.tokens == each.accepted + each.own for each in tallies)
     assert len(gaps) == TEXTS and abs(gaps.mean() / (gaps.std() / TEXTS**0.5)) < 2.58
     doubled = torch.tensor([each.accepted - 0.95 * each.alpha for each in tallies], dtype=torch.float64)
     assert abs(doubled.mean() / (doubled.std() / TEXTS**0.5)) > 2.58  # five per cent amiss would show

@@ -123,4 +123,7 @@ class Reading(Expressions):
 
 
 def _shortened(value: Any) -> str:
-    return "a large int" if isinstance(value, int) and value.bit_length() > 4096 else repr(value)[:120]
+    try:
+        return repr(value)[:120]
+    except ValueError:  # Python writes no int of more than some thousand digits, however deep it stands
+        return f"a {type(value).__name__} with a large int"

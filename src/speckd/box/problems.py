@@ -82,14 +82,15 @@ def problem(row: Mapping[str, Any], challenge: bool = False) -> Problem:
     """
     name = str(row.get("task_id", "without task_id"))
     try:
-        if "entry_point" in row and "test" in row:
+        if {"prompt", "entry_point", "test"} <= row.keys():
             return _human_eval(row, name)
         if "test_list" in row:
             return _mbpp(row, name, challenge)
     except (SyntaxError, ValueError) as error:
         raise DataError(f"Task {name}: its tests are no Python ({error})", "Mend or leave out this row.") from None
     raise DataError(
-        f"Task {name} has neither `test_list` nor `entry_point` and `test`", "Give rows of MBPP's or of HumanEval's shape."
+        f"Task {name} has neither `test_list` nor `prompt`, `entry_point` and `test`",
+        "Give rows of MBPP's or of HumanEval's shape.",
     )
 
 

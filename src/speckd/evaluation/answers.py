@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
-from speckd.evaluation.items import Item
+from speckd.evaluation.items import Item, turns
 from speckd.evaluation.models import Models, positions, width
 from speckd.evaluation.options import TaskOptions
 from speckd.sources.model_writer import ModelWriter
@@ -28,13 +27,15 @@ class Answerer:
 
     def __init__(self, models: Models, task: TaskOptions, seed: int) -> None:
         assert task.max_new_tokens is not None
-        self._models, self._stop, self._seed = models, task.stop, seed
+        self._models, self._task, self._seed = models, task, seed
+        self._writer: ModelWriter | None = None
         self._sampling = Sampling(
             task.sampling_temperature, task.sampling_top_k, task.sampling_top_p, max_completion_length=task.max_new_tokens
         )
 
     def answers(self, items: Sequence[Item]) -> list[Answer]:
         """One each, in order."""
+        self._writer = self._writer or self._made(turns(items[0].row, self._task))
         found: list[Answer | None] = [None] * len(items)
         for turn in sorted({item.turn for item in items}):
             own = [place for place, item in enumerate(items) if item.turn == turn]
@@ -44,16 +45,17 @@ class Answerer:
                 found[place] = self._answer(items[place], one)
         return [answer for answer in found if answer is not None]
 
-    @cached_property
-    def _writer(self) -> ModelWriter:
+    def _made(self, prompt: Any) -> ModelWriter:
+        """For prompts such as this one: messages, as the chat template ends them, or text."""
         model, tokenizer = self._models.model, self._models.tokenizer
-        unknown = torch.arange(len(tokenizer), width(model))  # ids that no tokenizer knows
-        stops = sorted(self._models.rendering.stops)
-        return ModelWriter(model, stops, unknown, positions(model), said=said(tokenizer, self._stop))
+        unknown = sorted(set(range(width(model))) - set(tokenizer.get_vocab().values()))  # padding of the head
+        stops = sorted(self._models.rendering.stops | self._models.template_end(prompt))
+        suppressed = torch.tensor(unknown, dtype=torch.int64)
+        return ModelWriter(model, stops, suppressed, positions(model), said=said(tokenizer, self._task.stop))
 
     def _answer(self, item: Item, written: Completion) -> Answer:
         text = self._models.text(item.ids, written)
-        ends = [place for place in map(text.find, self._stop) if place >= 0]
+        ends = [place for place in map(text.find, self._task.stop) if place >= 0]
         text = text[: min(ends)] if ends else text
         return Answer(text, len(written.token_ids), not written.finished and not ends)
 

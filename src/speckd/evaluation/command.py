@@ -123,18 +123,17 @@ def _plan(options: Options, models: Models, work: Sequence[Work]) -> dict[str, A
     """Everything that the answers depend on."""
     given = {key: value for key, value in dataclasses.asdict(options).items() if key not in _FREE}
     return {
-        "model": _who(models.subject),
-        "teacher": None if models.teacher is None else _who(models.teacher),
+        "model": _who(models.subject, models.tokenizer),
+        "teacher": None if models.teacher is None else _who(models.teacher, models.teacher.tokenizer),
         "settings": given,
         "tasks": {each.name: _what(each) for each in work},
     }
 
 
-def _who(named: Named) -> dict[str, str | None]:
+def _who(named: Named, tokenizer: Any) -> dict[str, Any]:
     """A folder may have moved; what cannot be looked into is known by its name."""
-    if named.weights is None:
-        return {"name": named.name, "revision": named.revision}
-    return {"weights": named.weights}
+    own = {"weights": named.weights} if named.weights is not None else {"name": named.name, "revision": named.revision}
+    return {**own, "stops": sorted(named.stops(tokenizer))}
 
 
 def _what(work: Work) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Evaluations side by side, on the prompts that they share: differences with paired intervals."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,20 @@ from speckd.errors import ConfigError
 from speckd.evaluation.items import columns
 from speckd.evaluation.journal import read_lines
 from speckd.evaluation.statistics import Metric, difference
+from speckd.teachers.manifest import differences
+
+logger = logging.getLogger(__name__)
+
+#: Options that say where, and not what; and how many, which the pairs show.
+_PLACES = {"few_shot_data", "limit"}
 
 
 def compare(folders: Sequence[Path], seed: int = 0) -> list[dict[str, Any]]:
     """Each folder against the first, for every task and metric of both.
 
     Examples are joined by the digest of their prompts' tokens: where two models cut text differently, none are shared.
+
+    What else differs between two evaluations is said as a warning.
 
     Returns:
         rows with `task`, `metric`, `of`, `first_folder`, `second_folder`, `first`, `second`, `difference`, `low`, `high`, `n`:
@@ -27,6 +36,9 @@ def compare(folders: Sequence[Path], seed: int = 0) -> list[dict[str, Any]]:
     if len(folders) < 2:
         raise ConfigError("compare: two folders or more are compared", "Write --compare OUT_A OUT_B")
     results = [_results(folder) for folder in folders]
+    for folder, other in zip(folders[1:], results[1:], strict=True):
+        for what in _unlike(results[0], other):
+            logger.warning("%s and %s are not alike: %s.", folders[0], folder, what)
     found = []
     for folder, other in zip(folders[1:], results[1:], strict=True):
         rows = list(_rows(folders[0], results[0], folder, other, seed))
@@ -37,6 +49,22 @@ def compare(folders: Sequence[Path], seed: int = 0) -> list[dict[str, Any]]:
             )
         found += rows
     return found
+
+
+def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
+    """What beside the models differs between two evaluations, in words: their differences may be that one's."""
+    own, other = ((each["teacher"] or {}).get("weights") for each in (first, second))
+    if own != other:
+        yield "their teachers"
+    for name in sorted({*first["tasks"]} ^ {*second["tasks"]}):
+        yield f"only one has the task {name}"
+    for name in sorted({*first["tasks"]} & {*second["tasks"]}):
+        yield from differences(_made_with(first["tasks"][name]), _made_with(second["tasks"][name]), f"{name}.")
+
+
+def _made_with(task: Mapping[str, Any]) -> dict[str, Any]:
+    options = {key: value for key, value in task["options"].items() if key not in _PLACES}
+    return {**options, "data": task["data"]["sha256"]}
 
 
 def _rows(
@@ -80,6 +108,6 @@ def _results(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"compare: {folder} holds no finished evaluation", "Give folders that speckd evaluate has filled")
     try:
         found = json.loads(path.read_text())
-        return {"tasks": dict(found["tasks"])}
+        return {"teacher": found["teacher"], "tasks": dict(found["tasks"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"compare: {path} cannot be read ({error})", "Evaluate anew") from None

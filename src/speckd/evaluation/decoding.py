@@ -1,7 +1,7 @@
 """The teacher's plain decoding and the same with drafts, side by side and by the clock."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -17,13 +17,11 @@ class Decoders:
     """`plain`: the teacher alone, by Transformers' `generate` with a cache; `speculative`: with the model's drafts. Both write
     the shared tokens only, end with the same ones, and at the last position that both models have."""
 
-    def __init__(self, models: Models, draft_length: int, batch_size: int) -> None:
+    def __init__(self, models: Models, stops: Sequence[int], draft_length: int, batch_size: int) -> None:
         model, teacher, shared = models.model, models.teacher_model, models.vocabulary
-        assert models.teacher is not None
-        self.stops = sorted(models.rendering.stops & models.teacher.stops(models.teacher.tokenizer))
         known = [most for most in (positions(model), positions(teacher)) if most is not None]
-        self.plain = ModelWriter(teacher, self.stops, shared.outside(width(teacher)), min(known, default=None))
-        self.speculative = SpeculativeDecoder(model, teacher, shared, self.stops, draft_length, batch_size)
+        self.plain = ModelWriter(teacher, stops, shared.outside(width(teacher)), min(known, default=None))
+        self.speculative = SpeculativeDecoder(model, teacher, shared, stops, draft_length, batch_size)
         self.device = models.device
 
 

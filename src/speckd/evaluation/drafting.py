@@ -8,8 +8,8 @@ import torch
 
 from speckd.errors import ConfigError
 from speckd.evaluation.decoding import Decoders, timed
-from speckd.evaluation.items import Item, Record, prompt_items
-from speckd.evaluation.likelihood import correct_tokens, cut, longest, sequence_sums, whole_item
+from speckd.evaluation.items import Item, Record, prompt_items, turns
+from speckd.evaluation.likelihood import Text, correct_tokens, cut, longest, sequence_sums, whole_item
 from speckd.evaluation.models import Models
 from speckd.evaluation.options import TaskOptions
 from speckd.evaluation.rows import Row
@@ -52,17 +52,20 @@ class Drafting:
     def items(self, rows: Sequence[Row], models: Models) -> list[Item]:
         """See `Task`."""
         assert models.teacher is not None
-        if not models.rendering.stops & models.teacher.stops(models.teacher.tokenizer):
-            raise ConfigError("model and teacher end a text with different tokens", "Use models of one family")
         for row in rows:
             if row.reference is not None:
                 whole_item(self.name, row, self.options, models)
-        return prompt_items(self.name, rows, self.options, models)
+        found = prompt_items(self.name, rows, self.options, models)
+        if not self._stops(found, models):
+            raise ConfigError("model and teacher end a text with different tokens", "Use models of one family")
+        return found
 
     def records(self, items: Sequence[Item], models: Models) -> list[Record]:
         """See `Task`."""
         assert self.options.max_new_tokens is not None
-        self._decoders = self._decoders or Decoders(models, self.options.draft_length, self.batch_size)
+        if self._decoders is None:
+            stops = sorted(self._stops(items, models))
+            self._decoders = Decoders(models, stops, self.options.draft_length, self.batch_size)
         greedy, drawn = (Sampling(temperature=heat, max_completion_length=self.options.max_new_tokens) for heat in (0.0, 1.0))
         prompts, draws = [Prompt(torch.tensor(item.ids), item.row.number) for item in items], Draws(self.seed, 0)
         plain = self._decoders.plain.write(prompts, greedy, draws)
@@ -94,10 +97,17 @@ class Drafting:
             "prompts": len(lines),
             "tokens": sum(line["tokens"] for line in lines),
             "truncated": sum(line["truncated"] for line in lines),
+            "without_room": sum(not line["tokens"] for line in lines),
             "draft_length": self.options.draft_length,
             "timed": sum("speedup" in line["scores"] for line in lines),
             "timed_repeats": self.options.timed_repeats,
         }
+
+    def _stops(self, items: Sequence[Item], models: Models) -> frozenset[int]:
+        """Both models' own; and of messages that by which the chat template ends an answer."""
+        assert models.teacher is not None
+        both = models.rendering.stops & models.teacher.stops(models.teacher.tokenizer)
+        return both | models.template_end(turns(items[0].row, self.options))
 
     def _references(self, items: Sequence[Item], models: Models) -> list[Scores]:
         found: list[Scores] = [{} for _ in items]
@@ -105,7 +115,8 @@ class Drafting:
         whole = [whole_item(self.name, items[place].row, self.options, models) for place in having]
         most = longest(self.options, models)
         for place, sums in zip(having, sequence_sums([cut(one, most) for one in whole], models) if whole else [], strict=True):
-            found[place] = {"reference_alpha": sums.get("alpha", 0.0), "reference_tokens": sums["supervised"]}
+            if sums["supervised"]:
+                found[place] = {"reference_alpha": sums["alpha"], "reference_tokens": sums["supervised"]}
         return found
 
     def _clock(self, prompts: Sequence[Prompt], plain: Sequence[Completion], greedy: Sampling) -> list[Scores]:
@@ -124,6 +135,9 @@ def _record(item: Item, models: Models, scores: Scores, plain: Completion, fast:
 
 
 def _greedy(tally: Tally, plain: Completion, fast: Completion) -> Scores:
+    """Nothing where the prompt left no room: two empty texts are no equal ones."""
+    if not tally.calls:
+        return {}
     return {
         "greedy_tokens": tally.tokens,
         "greedy_calls": tally.calls,
@@ -135,6 +149,8 @@ def _greedy(tally: Tally, plain: Completion, fast: Completion) -> Scores:
 
 def _drawn(tally: Tally) -> Scores:
     """The sum over tests of (accepted − Σ min(p, q)) is a martingale: its mean is 0, whatever was drawn before each."""
+    if not tally.calls:
+        return {}
     return {
         "sampled_tokens": tally.tokens,
         "sampled_calls": tally.calls,
@@ -146,8 +162,11 @@ def _drawn(tally: Tally) -> Scores:
     }
 
 
-def _written(items: Sequence[Item], texts: Sequence[Completion]) -> list[tuple[list[int], int]]:
-    return [([*item.ids, *text.token_ids.tolist()], len(text.token_ids)) for item, text in zip(items, texts, strict=True)]
+def _written(items: Sequence[Item], texts: Sequence[Completion]) -> list[Text]:
+    """Prompts with what was written; of one that had no room nothing is asked, nor read: it may exceed all positions."""
+    sizes = [len(text.token_ids) for text in texts]
+    both = zip(items, texts, sizes, strict=True)
+    return [([*item.ids, *text.token_ids.tolist()], n) if n else (item.ids[:1], 0) for item, text, n in both]
 
 
 def _matches(items: Sequence[Item], plain: Sequence[Completion], models: Models, draft_length: int) -> list[Scores]:
@@ -161,4 +180,4 @@ def _matches(items: Sequence[Item], plain: Sequence[Completion], models: Models,
 
 def _alphas(items: Sequence[Item], texts: Sequence[Completion], models: Models, name: str) -> list[Scores]:
     sums = sequence_sums(_written(items, texts), models)
-    return [{f"{name}_alpha": own.get("alpha", 0.0), f"{name}_tokens": own["supervised"]} for own in sums]
+    return [{f"{name}_alpha": own["alpha"], f"{name}_tokens": own["supervised"]} if own["supervised"] else {} for own in sums]

@@ -179,6 +179,15 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {
 _RELATIONS = ("less than", "at least")
 
 
+_KINDS = {int: "a whole number", str: "a text", list: "a list of texts"}
+
+
+def _kind(field: str) -> type:
+    if field.startswith("num_") or field.endswith("frequency") or field == "nth_paragraph":
+        return int
+    return list if field in ("keywords", "forbidden_words") else str
+
+
 def follows(instruction: str, options: Options, text: str) -> bool:
     """Strictly: the text as it is; one that says nothing follows nothing."""
     return bool(text.strip()) and CHECKS[instruction][0](text, options)
@@ -201,14 +210,25 @@ def require(name: str, row: Row) -> None:
     ids, given = row.fields.get("instruction_id_list"), row.fields.get("kwargs")
     if not isinstance(ids, list) or not ids or not isinstance(given, list) or len(ids) != len(given):
         raise DataError(f"{where}: no instruction_id_list and kwargs of one length", "Give both, as IFEval's rows have them")
-    for instruction, options in zip(ids, given, strict=True):
-        if instruction not in CHECKS:
+    for instruction, own in zip(ids, given, strict=True):
+        if own is not None and not isinstance(own, dict):
+            raise DataError(f"{where}: kwargs holds {own!r:.40}", "Give one mapping for each instruction")
+        options = own or {}
+        if not isinstance(instruction, str) or instruction not in CHECKS:
             raise DataError(f"{where}: '{instruction}' cannot be checked here", nearest(str(instruction), list(CHECKS)))
         for field in CHECKS[instruction][1]:
-            if (options or {}).get(field) is None:
-                raise DataError(f"{where}: {instruction} has no {field}", "Give it in kwargs, as IFEval's rows do")
-            if field.endswith("relation") and options[field] not in _RELATIONS:
-                raise DataError(f"{where}: {instruction}: {field} is {options[field]!r}", f"Give {' or '.join(_RELATIONS)}")
+            _require_field(f"{where}: {instruction}", field, options.get(field))
+
+
+def _require_field(where: str, field: str, given: Any) -> None:
+    if given is None:
+        raise DataError(f"{where} has no {field}", "Give it in kwargs, as IFEval's rows do")
+    kind = _kind(field)
+    fits = isinstance(given, kind)
+    if not fits or (kind is list and not all(isinstance(word, str) for word in given)):
+        raise DataError(f"{where}: {field} is {given!r:.40}", f"Give {_KINDS[kind]}")
+    if field.endswith("relation") and given not in _RELATIONS:
+        raise DataError(f"{where}: {field} is {given!r}", f"Give {' or '.join(_RELATIONS)}")
 
 
 def score(row: Row, completion: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -62,7 +62,7 @@ def prompt_items(name: str, rows: Sequence[Row], task: TaskOptions, models: Mode
     """
     found = []
     for row in rows:
-        ids = tuple(models.rendering.prompt_ids({"prompt": asked(name, row, task, models)}))
+        ids = tuple(models.rendering.prompt_ids({"prompt": asked(name, row, task, models), **said_to_template(row)}))
         if not ids:
             raise DataError(f"tasks: {name}: row {row.number + 1}: the prompt has no token", "Give at least one word")
         found += [Item(row, turn, ids) for turn in range(task.samples)]
@@ -71,16 +71,27 @@ def prompt_items(name: str, rows: Sequence[Row], task: TaskOptions, models: Mode
 
 def asked(name: str, row: Row, task: TaskOptions, models: Models) -> Any:
     """The prompt as text, or as messages where a chat template is to make text of them."""
-    if isinstance(row.prompt, str) and not task.apply_chat_template:
-        return row.prompt
-    if models.tokenizer.chat_template is None:
+    prompt = turns(row, task)
+    if isinstance(prompt, list) and models.tokenizer.chat_template is None:
         if isinstance(row.prompt, str):
             raise ConfigError(f"tasks: {name}: apply_chat_template: the tokenizer has no chat template", "Remove it")
         raise DataError(
             f"tasks: {name}: row {row.number + 1}: messages, and the tokenizer has no chat template",
             "Give prompt and completion, or save a template with the tokenizer",
         )
-    return row.prompt if isinstance(row.prompt, list) else [{"role": "user", "content": row.prompt}]
+    return prompt
+
+
+def said_to_template(row: Row) -> dict[str, Any]:
+    """What a row gives its chat template beside the messages, as in training."""
+    return {name: row.fields[name] for name in ("tools", "chat_template_kwargs") if row.fields.get(name)}
+
+
+def turns(row: Row, task: TaskOptions) -> str | list[dict[str, Any]]:
+    """The row's prompt, as a user's turn where that is wished; what has no prompt has no turn."""
+    if isinstance(row.prompt, list) or not row.prompt or not task.apply_chat_template:
+        return row.prompt
+    return [{"role": "user", "content": row.prompt}]
 
 
 def columns(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], dict[str, float]]:

@@ -14,7 +14,8 @@ Line = Mapping[str, Any]
 
 
 def encoded(line: Line) -> bytes:
-    return (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """As UTF-8; half of a surrogate pair, which a program may answer with, as JSON escapes it."""
+    return (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,16 +1,19 @@
 """The kinds of tasks by name, each with the options that it hears of."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from speckd.box import required
+from speckd.box import Unboxed, required
 from speckd.evaluation import instructions, mathematics, programs, rouge
 from speckd.evaluation.drafting import Drafting
 from speckd.evaluation.generated import Generated, require_reference
 from speckd.evaluation.likelihood import Likelihood
 from speckd.evaluation.options import Options, TaskOptions
 from speckd.evaluation.task import ANSWER_OPTIONS, PROMPT_OPTIONS, Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ def _rouge(name: str, task: TaskOptions, options: Options) -> Task:
 
 
 def _math(name: str, task: TaskOptions, options: Options) -> Task:
+    task = replace(task, stop=task.stop or mathematics.STOP)
     return Generated(name, task, options.seed, mathematics.score, mathematics.METRICS, partial(require_reference, name))
 
 
@@ -36,6 +40,8 @@ def _checks(name: str, task: TaskOptions, options: Options) -> Task:
 
 def _code(name: str, task: TaskOptions, options: Options) -> Task:
     box = required(options.i_accept_unsandboxed_code)
+    if isinstance(box, Unboxed):
+        logger.warning("%s: no box can be had here: the model's programs run with your rights.", name)
     task = replace(task, stop=task.stop or programs.STOP)
     require, score = partial(programs.require, name), partial(programs.score, box)
     return Generated(name, task, options.seed, score, programs.metrics(task.pass_at), require, programs.counts)

@@ -11,7 +11,7 @@ from torch import Tensor
 from speckd.compatibility import SharedVocabulary
 from speckd.errors import DataError
 from speckd.evaluate import TokenMeasures, token_measures
-from speckd.evaluation.items import Item, Record, asked
+from speckd.evaluation.items import Item, Record, asked, said_to_template
 from speckd.evaluation.models import Models, positions, width
 from speckd.evaluation.options import TaskOptions
 from speckd.evaluation.rows import Row
@@ -92,9 +92,10 @@ def whole_item(name: str, row: Row, task: TaskOptions, models: Models) -> Item:
     if row.reference is None:
         raise DataError(f"{where}: there is no text to be asked about", "Name its column with reference_column")
     prompt = asked(name, row, task, models)
-    before = models.rendering.prompt_ids({"prompt": prompt}) if prompt else []
+    more = said_to_template(row)
+    before = models.rendering.prompt_ids({"prompt": prompt, **more}) if prompt else []
     completion: Any = row.completion if isinstance(prompt, str) else [{"role": "assistant", "content": row.reference}]
-    ids = models.rendering.trained_ids({"prompt": prompt, "completion": completion})
+    ids = models.rendering.trained_ids({"prompt": prompt, "completion": completion, **more})
     supervised = min(len(ids) - common_prefix_length(before, ids), len(ids) - 1)
     if supervised < 1:
         raise DataError(f"{where}: no token of it is asked about", "Give a completion, or text of two tokens or more")

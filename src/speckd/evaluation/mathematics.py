@@ -12,6 +12,9 @@ _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 #: What neither side is compared by: thousands' commas, dollars, all before the mark, one dot at the end.
 _IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
 
+#: Where an answer ends, as there: a model that goes on with a question of its own would be judged by that.
+STOP = ("Question:",)
+
 METRICS = (
     Metric("strict_match", ("strict", "completions"), "completions"),
     Metric("flexible_match", ("flexible", "completions"), "completions"),

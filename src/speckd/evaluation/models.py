@@ -17,7 +17,7 @@ from speckd.checks import loaded, require_model, stop_ids
 from speckd.compatibility import SharedVocabulary, shared_vocabulary
 from speckd.errors import ConfigError
 from speckd.evaluation.options import Options
-from speckd.round_trip import Rendering
+from speckd.round_trip import Rendering, template_end
 from speckd.sources.writer import Completion
 from speckd.teachers.sharding import size as parameter_size
 
@@ -91,8 +91,9 @@ class Named:
         return found
 
     def stops(self, tokenizer: Any) -> frozenset[int]:
-        """The tokens at which it ends a text."""
-        return frozenset(stop_ids(tokenizer, self.name, self.revision))
+        """The tokens at which it ends a text: its tokenizer's end, those it is configured with, and an adapter's base, too."""
+        base = set() if self.base is None else stop_ids(None, self.base, "main")
+        return frozenset(stop_ids(tokenizer, self.name, self.revision) | base)
 
     def load(self, device: torch.device) -> Any:
         """The weights, frozen, in eval mode."""
@@ -152,10 +153,17 @@ class Models:
         assert self.teacher is not None
         return shared_vocabulary(self.tokenizer, self.teacher.tokenizer, width(self.model), width(self.teacher_model))
 
+    def template_end(self, prompt: Any) -> frozenset[int]:
+        """Of messages, the token by which the chat template ends an answer; of a text, none."""
+        return template_end(self.tokenizer, {"prompt": prompt})
+
     def text(self, prompt_ids: Sequence[int], written: Completion) -> str:
         """What was written, without the tokens that end it and other special ones."""
-        before, whole = (self._decoded([*prompt_ids, *more]) for more in ([], written.token_ids.tolist()))
-        return whole[len(before) :] if whole.startswith(before) else self._decoded(written.token_ids.tolist())
+        ids = written.token_ids.tolist()
+        if ids and ids[-1] in self.rendering.stops:  # which need not be special to the tokenizer
+            ids.pop()
+        before, whole = (self._decoded([*prompt_ids, *more]) for more in ([], ids))
+        return whole[len(before) :] if whole.startswith(before) else self._decoded(ids)
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -139,6 +139,10 @@ def _task(name: str, values: Any, where: str, kinds: Mapping[str, frozenset[str]
     task = TaskOptions(**_typed(_OF_A_TASK, values, where))
     if bool(task.few_shot) != bool(task.few_shot_data):
         raise ConfigError(f"{where}: few_shot and few_shot_data belong together", "Give both: how many, and of which file")
+    if not task.pass_at:
+        raise ConfigError(f"{where}: pass_at is empty", "Give one k or several")
+    if not all(task.stop):
+        raise ConfigError(f"{where}: stop: an empty text ends every answer at once", "Remove it")
     if max(task.pass_at) > task.samples:
         raise ConfigError(f"{where}: pass@{max(task.pass_at)} of {task.samples} samples", f"Set samples: {max(task.pass_at)}")
     if task.samples > 1 and not task.sampling_temperature:

@@ -4,7 +4,7 @@ rows."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from speckd.box import judge, problem, unjudgeable
+from speckd.box import Unboxed, judge, problem, unjudgeable
 from speckd.box.judge import Runner
 from speckd.errors import DataError
 from speckd.evaluation.rows import Row
@@ -41,10 +41,15 @@ def score(box: Runner, row: Row, completion: str) -> tuple[dict[str, Any], dict[
     if why is not None:
         return {}, {"verdict": f"not judgeable: {why}"}
     verdict = judge(given, completion, box)
-    return {"passed": verdict.passed}, {"verdict": "passed" if verdict.passed else verdict.reason}
+    more = {"verdict": "passed" if verdict.passed else verdict.reason, "boxed": not isinstance(box, Unboxed)}
+    return {"passed": verdict.passed}, more
 
 
 def counts(lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Problems that were judged, and that could not be."""
+    """Problems that were judged, and that could not be; programs that ran with the user's rights."""
     judged = {line["index"] for line in lines if "passed" in line["scores"]}
-    return {"judged": len(judged), "not_judgeable": len({line["index"] for line in lines} - judged)}
+    return {
+        "judged": len(judged),
+        "not_judgeable": len({line["index"] for line in lines} - judged),
+        "run_without_box": sum(line.get("boxed") is False for line in lines),
+    }

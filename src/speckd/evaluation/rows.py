@@ -72,9 +72,11 @@ def read_rows(name: str, task: TaskOptions) -> tuple[File, list[Row]]:
     rows = [_row(f"tasks: {name}: {task.data}", number, fields, task) for number, fields in enumerate(raw[: task.limit])]
     if task.few_shot_data is None:
         return file, rows
-    _, solved = _read(name, "few_shot_data", task.few_shot_data)
+    other, solved = _read(name, "few_shot_data", task.few_shot_data)
     if len(solved) < task.few_shot:
         raise DataError(f"tasks: {name}: {task.few_shot_data} has {len(solved)} rows", f"few_shot is {task.few_shot}: lower it")
+    if other.sha256 == file.sha256:
+        raise DataError(f"tasks: {name}: few_shot_data is data itself", "Give other rows: these would show their own answers")
     where = f"tasks: {name}: {task.few_shot_data}"
     shots = [_row(where, number, fields, task) for number, fields in enumerate(solved[: task.few_shot])]
     for shot in shots:
@@ -134,9 +136,14 @@ def _row(where: str, number: int, fields: Mapping[str, Any], task: TaskOptions) 
             "Name yours with prompt_column and reference_column, or write a prompt_template",
         )
     _require_prompt(where, prompt)
-    if reference is not None and not isinstance(reference, str):
-        reference = str(reference)
-    return Row(number, prompt, reference, fields)
+    return Row(number, prompt, _text(where, reference), fields)
+
+
+def _text(where: str, reference: Any) -> str | None:
+    """A number as it is written: a reader makes 4.0 of 4 where another row has 2.5."""
+    if isinstance(reference, list | dict):
+        raise DataError(f"{where}: the reference is {reference!r:.60}", "Give one text or number")
+    return reference if reference is None or isinstance(reference, str) else _plain(str(reference))
 
 
 def _begun(where: str, fields: Mapping[str, Any], words: int) -> tuple[str, str]:
@@ -172,7 +179,7 @@ def _shape(fields: Mapping[str, Any]) -> tuple[Any, Any]:
     if "question" in fields:
         return _QUESTION.format(question=fields["question"]), reference
     if "Question" in fields:  # MAWPS
-        return _QUESTION.format(question=fields["Question"]), _plain(str(fields.get("Answer")))
+        return _QUESTION.format(question=fields["Question"]), _plain(str(fields["Answer"])) if "Answer" in fields else None
     if "instruction" in fields:
         return (_ALPACA_INPUT if fields.get("input") else _ALPACA).format_map({"input": "", **fields}), reference
     return ("", fields["text"]) if "text" in fields else (None, reference)
