@@ -149,7 +149,7 @@ def require_student(settings: Settings) -> None:
     student = settings.model.model_name_or_path
     if student is None:
         raise ConfigError("model_name_or_path is not set: there is no student", "Give a path or hub id")
-    _require_model("model_name_or_path", student, settings.training.trust_remote_code)
+    require_model("model_name_or_path", student, settings.training.trust_remote_code)
 
 
 def require_teacher(settings: Settings) -> None:
@@ -165,7 +165,7 @@ def require_teacher(settings: Settings) -> None:
     of_several = [(f"teachers: {name}", path) for name, path in several.items()]
     for key, name in (("teacher_model_name_or_path", teacher), *of_several):
         if name is not None:
-            _require_model(key, name, settings.training.trust_remote_code)
+            require_model(key, name, settings.training.trust_remote_code)
     if teacher is None:
         return
     same_place = os.path.realpath(student) == os.path.realpath(teacher) if os.path.exists(student) else student == teacher
@@ -188,7 +188,7 @@ def require_reference(settings: Settings) -> None:
             "Remove it, or --gate excess_divergence",
         )
     if name is not None:
-        _require_model("reference_model_name_or_path", name, settings.training.trust_remote_code)
+        require_model("reference_model_name_or_path", name, settings.training.trust_remote_code)
 
 
 def _require_packages(settings: Settings) -> None:
@@ -204,7 +204,8 @@ def _require_packages(settings: Settings) -> None:
         )
 
 
-def _require_model(key: str, name: str, trust_remote_code: bool) -> None:
+def require_model(key: str, name: str, trust_remote_code: bool) -> None:
+    """Refuses a name that is neither a model's folder nor one of the hub's. `key`: the setting that gives it."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():

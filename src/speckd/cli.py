@@ -123,6 +123,33 @@ def doctor(
         raise typer.Exit(2)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="One task by flags: --task math --data rows.jsonl. Two evaluations side by side: --compare OUT_A OUT_B.",
+)
+def evaluate(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings and tasks: docs/evaluating.md.")] = None,
+) -> None:
+    """What a model can do, how near it is to its teacher, and what it is worth as its draft model."""
+    _say_to_people()
+    if "--compare" in context.args:
+        from speckd.evaluation.compare import compare
+        from speckd.evaluation.table import show_comparison
+
+        show_comparison(compare(_folders(context.args)))
+        return
+    from speckd.evaluation.command import evaluate as run
+
+    run(config, context.args)
+
+
+def _folders(words: list[str]) -> list[Path]:
+    if words[0] != "--compare" or any(word.startswith("--") for word in words[1:]):
+        raise typer.BadParameter("--compare takes folders, and nothing stands beside it: --compare OUT_A OUT_B")
+    return [Path(word) for word in words[1:]]
+
+
 @app.command()
 def quickstart(
     output_dir: Annotated[Path, typer.Option("--output-dir", "--output_dir", help="A new folder for the results.")] = Path(
@@ -224,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         resumes = ""
         if "train" in words:
             resumes = "; --resume_from_checkpoint true goes on from the last checkpoint, if there is one"
-        if {"cache", "write", "bench"} & set(words):
+        if {"cache", "write", "evaluate", "bench"} & set(words):
             resumes = "; the same command goes on from there"
         print(f"interrupted{resumes}", file=sys.stderr)
     return code
@@ -243,5 +270,7 @@ def _last_words(error: Exception) -> str:
         return f"error: {error}"
     reason = (str(error).strip().splitlines() or [""])[0][:300]
     if type(error).__name__ == "OutOfMemoryError":
-        return "error: out of memory. Lower per_device_train_batch_size, max_length or loss_memory_budget"
+        return (
+            "error: out of memory. Lower per_device_train_batch_size, max_length or loss_memory_budget (evaluate: batch_size)"
+        )
     return f"internal error: {type(error).__name__}: {reason}. This is not your mistake: --debug shows where, please report it"

@@ -97,7 +97,7 @@ def _one(name: str, split: str, run: RunArguments) -> Dataset:
         assert found is not None
         return found
     if path.is_file():
-        return _from_file(path)
+        return read_file(path)
     if (
         path.suffix in _SUFFIXES
         or name.startswith((".", "/", "~"))
@@ -116,7 +116,7 @@ def _from_folder(folder: Path, split: str, required: bool) -> Dataset | None:
     for stem in _SPLIT_FILES[split]:
         for suffix in _SUFFIXES:
             if (folder / f"{stem}{suffix}").is_file():
-                return _from_file(folder / f"{stem}{suffix}")
+                return read_file(folder / f"{stem}{suffix}")
     if not required:
         return None
     raise DataError(
@@ -124,7 +124,12 @@ def _from_folder(folder: Path, split: str, required: bool) -> Dataset | None:
     )
 
 
-def _from_file(path: Path) -> Dataset:
+def read_file(path: Path) -> Dataset:
+    """The rows of a .jsonl, .json or .parquet file, as they are.
+
+    Raises:
+        DataError: naming the file, and of JSON lines the line.
+    """
     if path.suffix not in _SUFFIXES:
         raise DataError(f"{path}: files that end in '{path.suffix}' are not read", f"Use {', '.join(_SUFFIXES)}")
     if path.stat().st_size == 0:

@@ -1,6 +1,6 @@
 """Held-out measures of a student against its teacher, under one fixed rule, whatever the student was trained with."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +15,7 @@ from speckd.head import LMHead
 from speckd.objective import require_usable_logits, usable_logits
 from speckd.support import shared_support
 from speckd.teachers import HiddenTeacher
+from speckd.tiles import row_slices, softmax
 from speckd.tokens import SupervisedRows, TokenBatch, supervised_rows
 from speckd.types import Capabilities, DenseSignal, Rows, TeacherRows
 
@@ -71,18 +72,36 @@ def _fixed_rule_known(teacher: Capabilities) -> bool:
     return teacher.top_k is None or (teacher.ranked and teacher.top_k >= FIXED_RULE.verify_top_k)
 
 
+@dataclass(frozen=True)
+class TokenMeasures:
+    """Of n supervised tokens, each [n] float64: what `HeldOutSums` adds up, by its names, and what calibration asks for.
+
+    `confidence`: the student's largest probability; `correct`: its argmax is the label; `brier`: Σ_v (q(v) − 1[v = label])².
+    What was not asked, or the teacher cannot say, is None.
+    """
+
+    nll: Tensor
+    teacher_nll: Tensor | None = None
+    kl: Tensor | None = None
+    agreement: Tensor | None = None
+    alpha: Tensor | None = None
+    accepted: Tensor | None = None
+    confidence: Tensor | None = None
+    correct: Tensor | None = None
+    brier: Tensor | None = None
+
+
 @torch.no_grad()
-def measure(
-    sums: HeldOutSums,
+def token_measures(
     student_hidden: Tensor,
     student_head: LMHead,
     teacher: TeacherRows | None,
     rows: SupervisedRows,
     known: Capabilities = Capabilities(),  # noqa: B008  (frozen)
-) -> None:
-    """Adds one batch. Arguments as of `engine.distillation_loss`; chunk by chunk, so no [tokens, vocabulary]. `known`: what the
-    teacher can be asked."""
-    accepted = []
+    calibration: bool = False,
+) -> Iterator[tuple[Tensor, TokenMeasures]]:
+    """Pairs of [n] places in `rows` and their measures: chunk by chunk, so no [tokens, vocabulary]. Arguments as of
+    `engine.distillation_loss`; `known`: what the teacher can be asked."""
     for chunk in torch.arange(len(rows), device=student_hidden.device).split(default_chunk_size(student_head.weight.shape[0])):
         if not len(chunk):
             break
@@ -91,19 +110,50 @@ def measure(
         require_usable_logits(usable_logits(logits), "student", keys)
         labels = rows.labels[chunk]
         student = DenseSignal(logits)
-        sums.nll -= float(student.label_log_prob(labels).double().sum())
-        if teacher is None:
-            continue
-        seen = Rows.of(student, teacher.signal(rows.index[chunk]), labels, keys)
-        sums.teacher_nll -= float(seen.teacher.label_log_prob(labels).double().sum())
-        if known.ranked:
-            own, reference = shared_support(logits, seen.teacher)
-            require_usable_logits(usable_logits(reference), "teacher", keys)
-            sums.kl += float(forward_kl(own, reference).double().sum())
-            sums.agreement += float((logits.argmax(-1) == seen.teacher.argmax()).sum())
-            sums.alpha += float(seen.teacher.overlap(seen.student).double().sum())
-        if _fixed_rule_known(known):
-            accepted.append(FIXED_RULE(seen).double())
+        found = {"nll": -student.label_log_prob(labels)}
+        if calibration:
+            found |= _calibration(student, labels)
+        if teacher is not None:
+            seen = Rows.of(student, teacher.signal(rows.index[chunk]), labels, keys)
+            found["teacher_nll"] = -seen.teacher.label_log_prob(labels)
+            if known.ranked:
+                own, reference = shared_support(logits, seen.teacher)
+                require_usable_logits(usable_logits(reference), "teacher", keys)
+                found["kl"] = forward_kl(own, reference)
+                found["agreement"] = logits.argmax(-1) == seen.teacher.argmax()
+                found["alpha"] = seen.teacher.overlap(seen.student)
+            if _fixed_rule_known(known):
+                found["accepted"] = FIXED_RULE(seen)
+        yield chunk, TokenMeasures(**{name: values.double() for name, values in found.items()})
+
+
+def _calibration(student: DenseSignal, labels: Tensor) -> dict[str, Tensor]:
+    best = student.argmax()
+    squares = torch.cat([softmax(student.logits[some]).square().sum(-1) for some in row_slices(student.logits)])
+    return {
+        "confidence": student.label_log_prob(best).exp(),
+        "correct": best == labels,
+        "brier": squares - 2 * student.label_log_prob(labels).exp() + 1,
+    }
+
+
+def measure(
+    sums: HeldOutSums,
+    student_hidden: Tensor,
+    student_head: LMHead,
+    teacher: TeacherRows | None,
+    rows: SupervisedRows,
+    known: Capabilities = Capabilities(),  # noqa: B008  (frozen)
+) -> None:
+    """Adds one batch. Arguments as of `token_measures`."""
+    accepted = []
+    for _, found in token_measures(student_hidden, student_head, teacher, rows, known):
+        for name in ("nll", "teacher_nll", "kl", "agreement", "alpha"):
+            values = getattr(found, name)
+            if values is not None:
+                setattr(sums, name, getattr(sums, name) + float(values.sum()))
+        if found.accepted is not None:
+            accepted.append(found.accepted)
     sums.tokens += len(rows)
     if accepted:
         verdicts = torch.cat(accepted)

@@ -93,8 +93,8 @@ def load_settings(config: Path | None, recipe: str | None, flags: list[str]) -> 
     Raises:
         ConfigError: naming the file or flag, the key, and the nearest valid key or the expected type.
     """
-    from_file = _read_yaml(config) if config else {}
-    from_flags = _read_flags(flags)
+    from_file = read_yaml(config) if config else {}
+    from_flags = read_flags(flags, _kinds())
     in_file, in_flags = from_file.pop("recipe", None), from_flags.pop("recipe", None)
     chosen = recipe or in_flags or in_file
     if chosen is None and not METHOD_KEYS & (from_file.keys() | from_flags.keys()):
@@ -189,7 +189,12 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a file.
+
+    Raises:
+        ConfigError: there is none, or it is no mapping, naming the line.
+    """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file", "Check --config")
     try:
@@ -207,8 +212,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _read_flags(flags: list[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--key a b c` (a list), `--key` (true) and `--key null` (none)."""
+def read_flags(flags: list[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--key a b c` (a list), `--key` (true) and `--key null` (none).
+
+    Args:
+        kinds: the keys' types: what is a text stays as it is written.
+    """
     found: dict[str, Any] = {}
     key = None
     for word in flags:
@@ -220,19 +229,21 @@ def _read_flags(flags: list[str]) -> dict[str, Any]:
             raise ConfigError(f"the command line: '{word}' belongs to no option", "Write --key value")
         else:
             found[key].append(word)
-    return {key: words if len(words) > 1 else _scalar(key, words[0]) if words else True for key, words in found.items()}
+    return {
+        key: words if len(words) > 1 else _scalar(kinds.get(key), words[0]) if words else True for key, words in found.items()
+    }
 
 
-def _scalar(key: str, word: str) -> Any:
+def _scalar(kind: Any, word: str) -> Any:
     """What a word on the command line stands for: null, a truth value, a number, or itself, as it always is for a text."""
     named = {"null": None, "true": True, "false": False}
     if word.lower() in named:
         return named[word.lower()]
-    if _kinds().get(key) in (str, str | None):
+    if kind in (str, str | None):
         return word
-    for kind in (int, float):
+    for number in (int, float):
         try:
-            return kind(word) if any(c.isdigit() for c in word) else word
+            return number(word) if any(c.isdigit() for c in word) else word
         except ValueError:
             continue
     return word

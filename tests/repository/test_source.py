@@ -27,6 +27,8 @@ GLOBAL_DRAWS = {
 #: Submodules that Transformers documents for use.
 DOCUMENTED = {"transformers.trainer_utils", "transformers.utils"}
 PRIVATE_HOME = PACKAGE / "trl_internals.py"
+#: Runs in the box only, where it is what starts a program; nothing imports it to call it.
+INSIDE = PACKAGE / "box" / "inside.py"
 
 
 def dotted(node: ast.AST) -> str:
@@ -59,7 +61,8 @@ def dangers(tree: ast.AST) -> Iterator[str]:
             if name == "torch.load" and not any(k.arg == "weights_only" for k in node.keywords):
                 yield f"line {node.lineno}: torch.load without weights_only"
         elif isinstance(node, ast.AnnAssign) and dotted(node.target) == "trust_remote_code":
-            yield f"line {node.lineno}: a default for trust_remote_code"
+            if not any(isinstance(part, ast.Constant) and part.value is False for part in ast.walk(node)):
+                yield f"line {node.lineno}: a default for trust_remote_code"
         elif isinstance(node, ast.arguments):
             defaults = zip(node.args[::-1] + node.kwonlyargs[::-1], node.defaults[::-1] + node.kw_defaults[::-1], strict=False)
             if any(a.arg == "trust_remote_code" and getattr(d, "value", None) is True for a, d in defaults):
@@ -109,7 +112,8 @@ def named(path: Path) -> str:
 
 @pytest.mark.parametrize("path", modules(), ids=named)
 def test_nothing_dangerous(path: Path) -> None:
-    assert not list(dangers(read(path)))
+    found = list(dangers(read(path)))
+    assert not found if path != INSIDE else {what.split(": ")[1] for what in found} == {"calls eval", "calls exec"}
 
 
 @pytest.mark.parametrize("path", [p for p in modules() if p != PRIVATE_HOME], ids=named)
@@ -140,6 +144,7 @@ def test_the_core_is_documented(name: str) -> None:
         (dangers, "probs.multinomial(1)"),
         (dangers, "AutoModel.from_pretrained(name, trust_remote_code=True)"),
         (dangers, "def f(name, trust_remote_code=True): ..."),
+        (dangers, "class A:\n    trust_remote_code: bool = True"),
         (private_imports, "from trl.trainer.sft_trainer import x"),
         (private_imports, "from transformers import _private"),
         (private_imports, "import transformers.modeling_utils"),

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from speckd.sources.rewinding import in_eval_mode
 from speckd.sources.sampling import draw, uniforms_at
@@ -29,6 +29,7 @@ class ModelWriter:
         suppressed: [n] int64, ids that are never written, such as tokens that the teacher lacks.
         positions: how many the models that read the text have; None: any number.
         autocast: what the model's forward runs in.
+        said: asked about all tokens that a text has so far, after each: true ends it there. None: only stop tokens do.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class ModelWriter:
         suppressed: Tensor | None = None,
         positions: int | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        said: Callable[[list[int]], bool] | None = None,
     ) -> None:
         self.model, self.stop_ids, self._positions, self._autocast = model, tuple(sorted(stop_ids)), positions, autocast
+        self._said = said
         self._suppressed = torch.empty(0, dtype=torch.int64) if suppressed is None else suppressed
 
     def write(self, prompts: Sequence[Prompt], sampling: Sampling, draws: Draws) -> list[Completion]:
@@ -71,20 +74,24 @@ class ModelWriter:
         config = GenerationConfig(
             max_new_tokens=limit, do_sample=False, use_cache=True, eos_token_id=list(self.stop_ids) or None, pad_token_id=0
         )
+        ended = None if self._said is None else _Said(self._said, ids.shape[1], len(prompts))
         with self._autocast(), _as_it_is(self.model):
             whole = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([drawn]),
+                stopping_criteria=StoppingCriteriaList([] if ended is None else [ended]),
             )
-        return [self._cut(row) for row in whole[:, ids.shape[1] :].cpu()]
+        lengths = [None] * len(prompts) if ended is None else ended.lengths
+        return [self._cut(row, length) for row, length in zip(whole[:, ids.shape[1] :].cpu(), lengths, strict=True)]
 
-    def _cut(self, written: Tensor) -> Completion:
-        """Up to the first stop token; what follows is padding."""
+    def _cut(self, written: Tensor, length: int | None) -> Completion:
+        """Up to the first stop token, or to where `said` ended it; what follows is padding."""
+        written = written[:length]
         stops = torch.isin(written, torch.tensor(self.stop_ids, dtype=torch.int64)).nonzero()[:, 0]
         if not len(stops):
-            return Completion(written.clone(), finished=False)
+            return Completion(written.clone(), finished=length is not None)
         return Completion(written[: int(stops[0]) + 1].clone(), finished=True)
 
 
@@ -111,6 +118,20 @@ class _Drawn(LogitsProcessor):
         allowed = scores.index_fill(-1, self._suppressed, -torch.inf)
         chosen = draw(allowed, self._sampling, self._uniforms[:, input_ids.shape[1] - self._width])
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
+
+
+class _Said(StoppingCriteria):
+    """Ends a row by what its tokens say. `lengths`: [B], tokens until then, None where it did not; `width`: of the prompts."""
+
+    def __init__(self, said: Callable[[list[int]], bool], width: int, rows: int) -> None:
+        self._said, self._width, self.lengths = said, width, cast(list[int | None], [None] * rows)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **unused: Any) -> Tensor:
+        written = input_ids[:, self._width :].tolist()
+        for row, tokens in enumerate(written):
+            if self.lengths[row] is None and self._said(tokens):
+                self.lengths[row] = len(tokens)
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
 
 
 @contextmanager

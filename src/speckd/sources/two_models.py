@@ -132,6 +132,15 @@ class Texts:
         return [one.token_ids[:-1] for one in self._prompts]
 
     @property
+    def samples(self) -> Tensor:
+        """[B] int64: whose the open ones are."""
+        return self._samples[self.open]
+
+    def count(self, numbers: Tensor) -> Tensor:
+        """[n] numbers of texts -> [n] tokens that they have, without the prompt."""
+        return self._count[numbers]
+
+    @property
     def most_left(self) -> int:
         """Tokens until the last open text reaches its limit."""
         return int((self._limit - self._count)[self.open].max())

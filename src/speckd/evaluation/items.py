@@ -1,0 +1,108 @@
+"""Prompts as tokens, and what is kept of each answer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from speckd import fingerprints
+from speckd.errors import ConfigError, DataError
+from speckd.evaluation.models import Models
+from speckd.evaluation.options import TaskOptions
+from speckd.evaluation.rows import Row
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to be done: a row, for the how manieth time. `ids`: of the prompt (or of the whole text, where that is read);
+    `supervised`: how many of the last of them are asked about."""
+
+    row: Row
+    turn: int
+    ids: tuple[int, ...]
+    supervised: int = 0
+
+    @property
+    def key(self) -> str:
+        """The same for the same tokens, in whatever folder."""
+        return fingerprints.of_bytes([str(list(self.ids)).encode()])
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a task's examples. `scores`: numbers, or lists of them, that add up over a row's answers."""
+
+    item: Item
+    completion: str
+    tokens: int
+    truncated: bool
+    scores: Mapping[str, Any]
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def line(self) -> dict[str, Any]:
+        row = self.item.row
+        return {
+            "index": row.number,
+            "turn": self.item.turn,
+            "key": self.item.key,
+            "prompt": row.prompt,
+            "completion": self.completion,
+            "reference": row.reference,
+            "scores": dict(self.scores),
+            "truncated": self.truncated,
+            "tokens": self.tokens,
+            **self.more,
+        }
+
+
+def prompt_items(name: str, rows: Sequence[Row], task: TaskOptions, models: Models) -> list[Item]:
+    """Each row's prompt, `task.samples` times.
+
+    Raises:
+        DataError, ConfigError: a prompt that is empty, or that no chat template turns into text, naming the row.
+    """
+    found = []
+    for row in rows:
+        ids = tuple(models.rendering.prompt_ids({"prompt": asked(name, row, task, models)}))
+        if not ids:
+            raise DataError(f"tasks: {name}: row {row.number + 1}: the prompt has no token", "Give at least one word")
+        found += [Item(row, turn, ids) for turn in range(task.samples)]
+    return found
+
+
+def asked(name: str, row: Row, task: TaskOptions, models: Models) -> Any:
+    """The prompt as text, or as messages where a chat template is to make text of them."""
+    if isinstance(row.prompt, str) and not task.apply_chat_template:
+        return row.prompt
+    if models.tokenizer.chat_template is None:
+        if isinstance(row.prompt, str):
+            raise ConfigError(f"tasks: {name}: apply_chat_template: the tokenizer has no chat template", "Remove it")
+        raise DataError(
+            f"tasks: {name}: row {row.number + 1}: messages, and the tokenizer has no chat template",
+            "Give prompt and completion, or save a template with the tokenizer",
+        )
+    return row.prompt if isinstance(row.prompt, list) else [{"role": "user", "content": row.prompt}]
+
+
+def columns(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], dict[str, float]]:
+    """By row and key, what its answers' scores add up to; `completions`: how many; `examples`: 1.
+
+    Args:
+        lines: of a task's examples.
+    """
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    for line in lines:
+        own = found.setdefault((line["index"], line["key"]), {"examples": 1.0, "completions": 0.0})
+        own["completions"] += 1
+        for name, number in _flat(line["scores"]):
+            own[name] = own.get(name, 0.0) + number
+    return found
+
+
+def _flat(scores: Mapping[str, Any]) -> list[tuple[str, float]]:
+    numbers: list[tuple[str, float]] = []
+    for name, score in scores.items():
+        if isinstance(score, list):
+            numbers += [(f"{name}.{place}", float(one)) for place, one in enumerate(score)]
+        elif score is not None:
+            numbers.append((name, float(score)))
+    return numbers
