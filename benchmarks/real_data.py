@@ -2,10 +2,10 @@
 
     python benchmarks/real_data.py --data ../shared/data --out runs/real-data --seeds 3 --steps 100
 
-GSM8K, MAWPS, MBPP and Dolly, all in one training set. The teacher (2.2 million parameters) learns them by `--recipe sft`, and so
-does each seed's start (0.3 million); every method of a seed goes on from that start with the same data order, with the clean
-teacher and with one that is wrong at a quarter of the positions. Each run is `speckd train` in this process, one thread. What is
-finished is not run again, so a killed benchmark goes on where it stopped. Writes results.json and table.md after every run.
+GSM8K, MAWPS, MBPP and Dolly, all in one training set. The teacher (2.2 million parameters) learns them by `--recipe sft`, and
+so does each seed's start (0.3 million); every method of a seed goes on from that start with the same data order, with the clean
+teacher and with one that is wrong at a quarter of the positions. Each run is `speckd train` in this process, one thread. What
+is finished is not run again, so a killed benchmark goes on where it stopped. Writes results.json and table.md after every run.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
 from real_measures import measure, teacher_texts
 from real_sources import SOURCES, write
 from real_tables import Found, tables
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
 from speckd.cli import main as speckd
 from speckd.quickstart.models import quiet_loading
 
@@ -63,9 +63,9 @@ class Job:
 def jobs(seeds: int) -> Iterator[Job]:
     """Seed by seed, so that a table of some seeds is soon there; SFT asks no teacher."""
     for seed in range(seeds):
-        for teacher in TEACHERS:
+        for teacher, fraction in TEACHERS.items():
             for method in METHODS:
-                if method != SFT or TEACHERS[teacher] == 0:
+                if method != SFT or not fraction:
                     yield Job(seed, method, teacher)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from statistics import mean
 
 from real_measures import ANSWERS
-
 from speckd.bench.statistics import Difference, holm, interval, paired
 
 #: measure -> (its name, is more better?)
@@ -20,11 +19,11 @@ MEASURES = {
 ANSWERED = {"strict_match": "exact match", "pass@1": "pass@1", "rouge_l": "ROUGE-L"}
 LEGEND = """\
 Held-out texts, all against the clean teacher. NLL, KL(clean teacher to student): nats a token of the completions, the end token
-among them; agreement of the two argmaxes; α = Σ min(p, q), a token; τ: tokens per teacher call, the student drafting 5 greedily,
-along the teacher's own greedy text. Exact match: the number behind `#### ` is the reference's, greedy answers; pass@1: the
-program passes all of its tests in the box; ROUGE-L: F, a completion. `all`: mean of the four sources. Means over seeds; ± and
-[ , ]: 95 % t-intervals over seeds (none from one seed), differences paired by seed; **bold**: the interval excludes 0; *: so it does after Holm's
-correction over the methods of the block."""
+among them; agreement of the two argmaxes; α = Σ min(p, q), a token; τ: tokens per teacher call, the student drafting 5
+greedily, along the teacher's own greedy text. Exact match: the number behind `#### ` is the reference's, greedy answers;
+pass@1: the program passes all of its tests in the box; ROUGE-L: F, a completion. Means over seeds; ± and [ , ]: 95 %
+t-intervals over seeds (none from one seed), differences paired by seed; **bold**: the interval excludes 0; *: so it does after
+Holm's correction over the methods of the table."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _cell(own: Sequence[float]) -> str:
 
 def _against(found: Sequence[Found], methods: Sequence[str], teacher: str, base: str) -> list[str]:
     """Each method minus `base`, which is always the one with the same teacher; SFT has none, and so stands for both."""
-    whose = {name: teacher for name in methods} | {methods[0]: "clean"}
+    whose = dict.fromkeys(methods, teacher) | {methods[0]: "clean"}
     gaps: dict[str, dict[str, Difference]] = {}
     for measure in MEASURES:
         other = values(found, base, whose[base], None, measure)
