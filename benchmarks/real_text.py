@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import torch
@@ -27,7 +27,12 @@ METHODS = {
     "Spec-5, mask": ["--recipe", "paper-v1", "--gate", "spec", "--gate_options", '{"candidates": 5}'],
     "Top-5, label": ["--recipe", "top-k-label"],
     "label ratio, label": ["--recipe", "label-ratio"],
+    "trust, label": ["--gate", "trust", "--rejected", "label"],
+    "hybrid LK": ["--recipe", "lk-hybrid"],
+    "hybrid LK, trust, label": ["--recipe", "lk-hybrid", "--gate", "trust", "--rejected", "label"],
 }
+#: Those that reject nothing.
+GATELESS = ("SFT", "ungated", "hybrid LK")
 TEACHERS = {"clean": 0.0, "25 % scrambled": 0.25}
 MEASURES = {"nll": "NLL", "kl": "KL", "agreement": "agreement", "alpha": "α", "tar": "TAR"}
 PROMPT = "Once upon a time, there was a little dog named Max. One day,"
@@ -161,7 +166,7 @@ def draw_tar(out: Path, seed: int) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, teacher in zip(axes, TEACHERS, strict=True):
-        for method, style in zip([m for m in METHODS if m not in ("SFT", "ungated")], ("-", "--", "-.", ":"), strict=True):
+        for method, style in zip([m for m in METHODS if m not in GATELESS], cycle(("-", "--", "-.", ":")), strict=False):
             lines = (Run(method, teacher, seed).folder(out) / "training_log.jsonl").read_text().splitlines()
             points = [(e["step"], e["tar"]) for e in map(json.loads, lines) if "tar" in e]
             axis.plot(*zip(*points, strict=True), style, label=method)
