@@ -21,6 +21,9 @@ _SHOWN = {
 }
 
 
+_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+
+
 @dataclass(frozen=True)
 class Picture:
     """`width`: in points; `shows`: in words, where it is one of the benchmark's."""
@@ -106,8 +109,8 @@ def read_bench(folder: Path, name: str) -> Bench:
 def _size(lines: list[Fields]) -> str:
     cells = {repr(sorted(line.object("cell").values.items())) for line in lines}
     seeds = {line.whole("seed") for line in lines}
-    hours = sum(line.maybe_number("seconds") or 0.0 for line in lines) / 3600
-    spent = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    seconds = sum(line.maybe_number("seconds") or 0.0 for line in lines)
+    spent = next(f"{seconds / size:.1f} {unit}" for size, unit in _UNITS if seconds >= size or size == 1)
     return (
         f"{len(lines)} runs: {len(cells)} cells (block, start, teacher, data and method), up to {len(seeds)} seeds of each; "
         f"{spent} of one process, tuning and teachers not counted."
