@@ -89,11 +89,11 @@ def read_bench(folder: Path, name: str) -> Bench:
     """Raises DataError where the results are damaged; a missing or larger picture is noted."""
     if not (folder / RESULTS).is_file():
         kept = sum(not path.name.startswith("made-") for path in (folder / KEPT).glob("*.json"))
-        note = (
+        unfinished = (
             f"This benchmark has not finished: there is no {RESULTS} yet, and {kept} of its runs are kept. "
-            "The same speckd bench command goes on with it."
+            "The same speckd bench command goes on."
         )
-        return Bench(name, False, "", Part(name), (note,))
+        return Bench(name, False, "", Part(name), (unfinished,))
     lines, note = read_lines(folder / RESULTS)
     notes = [note] if note else []
     path = folder / TABLES

@@ -29,7 +29,8 @@ def report(folders: Sequence[Path], output: Path) -> Path:
     """
     _require_free(output, folders)
     sources = read(folders)
-    for one in (*sources.runs, *sources.evaluations, *sources.benches):
+    everything: list[Run | Evaluation | Bench] = [*sources.runs, *sources.evaluations, *sources.benches]
+    for one in everything:
         if not one.finished:
             logger.info("%s: %s", one.name, one.notes[0])
     shown = Shown(_secrets(sources))

@@ -79,8 +79,8 @@ def is_evaluation(folder: Path) -> bool:
 def read_evaluation(folder: Path, name: str) -> Evaluation:
     """Raises DataError where a file is damaged; of one that has not finished there is a note, and no more."""
     if not (folder / FILE).is_file():
-        note = f"This evaluation has not finished: there is no {FILE} yet. The same speckd evaluate command goes on with it."
-        return Evaluation(name, False, {}, {}, {}, {}, (), (note,))
+        unfinished = f"This evaluation has not finished: there is no {FILE} yet. The same speckd evaluate command goes on."
+        return Evaluation(name, False, {}, {}, {}, {}, (), (unfinished,))
     whole = read_object(folder / FILE)
     given, tasks = whole.object("tasks"), []
     notes: list[str] = []
