@@ -9,11 +9,11 @@ import pytest
 from speckd.box import Box, Unboxed
 from speckd.cli import main
 from speckd.evaluation import programs
-from speckd.evaluation.items import columns
 from speckd.evaluation.journal import encoded
 from speckd.evaluation.options import TaskOptions
 from speckd.evaluation.rows import Row, read_rows
 from speckd.evaluation.statistics import value
+from speckd.evaluation.sums import columns
 from tests.tiny import write_model, write_rows
 
 MBPP = {

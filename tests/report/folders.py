@@ -110,43 +110,61 @@ def write_run(folder: Path, change: Change = as_is, seed: int = 0, bend: float =
     return folder
 
 
-def write_evaluation(folder: Path, change: Change = as_is, right: int = 4) -> Path:
-    """Ten examples of one task, `right` of them right."""
-    (folder / "examples").mkdir(parents=True)
-    task = in_a_name(change("facts"))[:100]
-    examples = [
-        {
-            "index": place,
-            "key": change(f"k{place}"),
-            "prompt": change("What is the capital of France?"),
-            "completion": change("It is Paris." if place < right else "It is Rome."),
-            "reference": change("Paris"),
-            "scores": {change("accuracy"): float(place < right)},
-            "truncated": place == 9,
-        }
-        for place in range(10)
-    ]
-    _lines(folder / "examples" / f"{task}.jsonl", examples)
-    metric = {
-        "value": right / 10,
-        "low": max(0.0, right / 10 - 0.3),
-        "high": right / 10 + 0.3,
-        "of": change("examples"),
-        "n": 10,
+def _metrics(change: Change, right: int) -> dict[str, Any]:
+    """With all that is known of how each comes about; `accuracy` of ten examples, two answers each."""
+
+    def made(value: float, of: str, columns: list[str], statistic: str = "ratio", **more: Any) -> dict[str, Any]:
+        ends = {"low": max(0.0, value - 0.3), "high": value + 0.3}
+        return {"value": value, **ends, "of": change(of), "n": 10, "statistic": statistic, "columns": columns, **more}
+
+    return {
+        change("accuracy"): made(right / 10, "completions", [change("right"), "completions"]),
+        change("pass@1"): made(right / 10, "problems", [change("right"), "completions"], k=1),
+        change("ece"): made(0.5, "tokens", ["tokens", "bins.0", "bins.1"], "calibration_error"),
+        change("seconds"): made(right + 1.0, "prompts", ["seconds"], "median"),
     }
+
+
+def _examples(change: Change, right: int) -> list[dict[str, Any]]:
+    """Ten rows, the first a conversation, each answered twice; the first `right` rows are right both times."""
+    return [
+        {
+            "index": row,
+            "turn": turn,
+            "key": change(f"k{row}"),
+            "prompt": [{"role": "user", "content": change("Where?")}] if row == 0 else change("What is its capital?"),
+            "completion": change("It is Paris." if row < right else "It is Rome."),
+            "reference": change("Paris"),
+            "scores": {change("right"): row < right, "tokens": 4, "bins": [1.0, row / 8], "seconds": right + 1.0, "none": None},
+            "truncated": row == 9,
+            "tokens": 4,
+        }
+        for row in range(10)
+        for turn in (0, 1)
+    ]
+
+
+def write_evaluation(folder: Path, change: Change = as_is, right: int = 4) -> Path:
+    """One task, `right` of its ten rows right."""
+    (folder / "examples").mkdir(parents=True)
+    (folder / "plan.json").write_text("{}")
+    task = in_a_name(change("facts"))[:100]
+    _lines(folder / "examples" / f"{task}.jsonl", _examples(change, right))
+    parameters = {"weights": change("ab12"), "parameters": 1000, "dtype": change("float32")}
     whole = {
         "speckd": "0.1.0",
-        "model": {"path": change("models/student"), "weights": change("ab12"), "parameters": 1000, "dtype": change("float32")},
-        "teacher": change("models/teacher"),
+        "model": {"path": change("models/student"), **parameters},
+        "teacher": {"path": change("models/teacher"), **parameters},
         "settings": {change("temperature"): change("0")},
         "environment": {change("torch"): change("2.13")},
         "tasks": {
             task: {
                 "kind": change("answers"),
                 "data": {"file": change("facts.jsonl"), "sha256": change("cd34"), "rows": 10},
+                "options": {"kind": change("answers"), change("stop"): [change("end")], "samples": 2},
                 "n": 10,
-                "metrics": {change("accuracy"): metric},
-                "counts": {"truncated": 1},
+                "metrics": _metrics(change, right),
+                "counts": {"completions": 20, "truncated": 2},
             }
         },
     }
@@ -155,16 +173,16 @@ def write_evaluation(folder: Path, change: Change = as_is, right: int = 4) -> Pa
 
 
 def write_bench(folder: Path, change: Change = as_is) -> Path:
-    folder.mkdir(parents=True)
-    _lines(
-        folder / "results.jsonl", [{"cell": {"method": change("speckd")}, "seed": s, "measures": {"nll": 2.0}} for s in (0, 1)]
-    )
-    one_line = change("method").replace("\n", " ").replace("\r", " ").replace("|", "\\|")
-    table = (
-        f"# {one_line}\n\n{one_line}\n\n| {one_line} | NLL |\n| --- | ---: |\n| {one_line} | 2.000 ± 0.125 |\n\n{one_line}\n"
-    )
-    (folder / "tables.md").write_text(table, encoding="utf-8", errors="replace")
-    (folder / f"{in_a_name(change('curve'))[:120]}.png").write_bytes(png())
+    (folder / "runs").mkdir(parents=True)
+    (folder / "runs" / "ab.json").write_text("{}")
+    cell = {"block": change("dose"), "start": "warm", "teacher": "clean", "data": "data", "method": change("speckd")}
+    _lines(folder / "results.jsonl", [{"cell": cell, "seed": s, "seconds": 90.0, "measures": {"nll": 2.0}} for s in (0, 1)])
+    name = change("method").replace("\n", " ").replace("\r", " ").replace("|", "\\|")
+    table = f"| {name} | NLL | KL |\n|---|---|---|\n| {name} | 2.000 ±0.125 | **-0.250** [-0.500, -0.125]* |\n"
+    parts = (f"NLL of {name};\n**bold**: clear.\n", "## dose", name, table, f"### warm, {name}", f"{table}\nWorse: {name}.\n")
+    (folder / "tables.md").write_text("\n\n".join(parts), encoding="utf-8", errors="replace")
+    for picture in ("front-dose", in_a_name(change("curve"))[:120]):
+        (folder / f"{picture}.png").write_bytes(png())
     return folder
 
 

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from speckd.cli import main
+from speckd.evaluation.compare import compare
+from speckd.evaluation.paired import differences
+from speckd.report.answers import tasks_of
 from speckd.report.build import PAGE, report
 from speckd.report.comparison import Estimate, groups, paired
-from speckd.report.evaluations import difference, read_evaluation
+from speckd.report.evaluations import read_evaluation
 from speckd.report.runs import read_run
 from speckd.report.shown import HIDDEN, Shown, is_secret_key, number, without_secrets
-from tests.report.folders import WORDS, write_evaluation, write_run
+from tests.report.folders import WORDS, write_bench, write_evaluation, write_run
 
 
 def text_of(page: Path) -> str:
@@ -87,21 +90,74 @@ def test_a_token_shows_what_is_known_of_it(page: Path) -> None:
         assert word.strip() in read
 
 
-def test_evaluations_are_compared_on_shared_examples(page: Path, tmp_path: Path) -> None:
-    rows = table(page, "facts-folder: metrics") if "facts-folder" in text_of(page) else table(page, "facts: metrics")
-    assert rows["accuracy: e0-folder"] == ["0.4", "[0.1, 0.7]", "10", "examples"]
-    gap = table(page, "facts: paired differences")["accuracy: e1-folder − e0-folder"]
-    assert gap[0] == "+0.3" and gap[2] == "10"
+def test_evaluations_are_compared_on_shared_examples(page: Path) -> None:
+    rows = table(page, "facts: metrics")
+    assert rows["accuracy"] == ["0.4 [0.1, 0.7]", "0.7 [0.4, 1]", "10", "completions"]
+    gap = table(page, "facts: e1-folder − e0-folder, paired")["accuracy"]
+    assert gap[:2] == ["0.4", "0.7"] and gap[2].startswith("+0.3 [") and gap[3] == "10"
     # Of 10 differences three are 1: the bootstrap's mean is a binomial of 10 and 0.3, over 10.
-    low, high = (float(end) for end in gap[1].strip("[]").split(", "))
+    low, high = (float(end) for end in gap[2].split("[")[1].strip("]").split(", "))
     assert 0 <= low <= 0.1 and 0.55 <= high <= 0.65
-    one, two = (read_evaluation(write_evaluation(tmp_path / name, right=right), name) for name, right in (("x", 4), ("y", 4)))
-    same = difference(one.tasks[0].metrics[0], one.tasks[0], two.tasks[0])
-    assert same is not None and (same.value, same.low, same.high) == (0, 0, 0)
+    assert table(page, "facts: counts")["e0-folder"] == ["answers", "20", "2", "facts.jsonl", "10", "cd34"]
+
+
+def test_the_report_has_the_numbers_of_compare(page: Path, tmp_path: Path) -> None:
+    """Of every statistic, and of rows with several answers."""
+    folders = [write_evaluation(tmp_path / name, right=right) for name, right in (("e0-folder", 4), ("e1-folder", 7))]
+    (folders[1] / "examples" / "facts.jsonl").write_text(  # in another order, and one row less
+        "".join(reversed((folders[1] / "examples" / "facts.jsonl").read_text().splitlines(keepends=True)[2:]))
+    )
+    shown = {row["metric"]: row for row in compare(folders)}
+    assert set(shown) == {"accuracy", "pass@1", "ece", "seconds"}
+    first, second = (read_evaluation(folder, folder.name).tasks[0].answered for folder in folders)
+    assert {row["metric"]: row for row in differences(first, second)} == {
+        name: {key: value for key, value in row.items() if key not in ("task", "first_folder", "second_folder")}
+        for name, row in shown.items()
+    }
+    assert shown["seconds"]["difference"] == 6 and shown["accuracy"]["n"] == 9
+    whole = {row["metric"]: row for row in compare([folders[0], folders[0]])}
+    assert all(row["difference"] == row["low"] == row["high"] == 0 for row in whole.values())
+    assert set(shown) <= set(table(page, "facts: e1-folder − e0-folder, paired"))
+
+
+def test_the_same_prompts_stand_side_by_side(page: Path) -> None:
+    read = re.sub(r"\s+", " ", text_of(page))
+    assert "Row 1: user: Where? Prompt user: Where? Reference Paris e0-folder It is Paris. The first of 2 answers" in read
+    assert "of all of them: accuracy 1, pass@1 1, ece 0.25, seconds 10" in read, "a row's own numbers"
+
+
+def test_tasks_that_cannot_be_paired_say_so(tmp_path: Path) -> None:
+    folders = [write_evaluation(tmp_path / name) for name in ("a", "b")]
+    path = folders[1] / "examples" / "facts.jsonl"
+    path.write_text(path.read_text().replace('"key": "k', '"key": "other'))
+    found = tasks_of([read_evaluation(folder, folder.name) for folder in folders])[0]
+    assert found.differences == () and found.notes == ("b and a share no example: their kinds, data or tokenizers differ.",)
 
 
 def test_a_benchmark_is_shown_as_it_is(page: Path) -> None:
-    assert table(page, "bench-folder, table 1")["method"] == ["2.000 ± 0.125"]
+    whole = page.read_text(encoding="utf-8")
+    for number_of_table in (1, 2):
+        found = whole.split(f'<caption class="unseen">bench-folder, table {number_of_table}</caption>')[1].split("</table>")[0]
+        assert "2.000 ±0.125" in found and "<strong>-0.250</strong> [-0.500, -0.125]*" in found
+    read = re.sub(r"\s+", " ", text_of(page))
+    assert "NLL of method; bold : clear." in read and "<strong>bold</strong>" in whole
+    assert "2 runs: 1 cells" in read and "3.0 minutes" in read
+    assert re.search(r"<h4[^>]*>dose</h4>", whole) and re.search(r"<summary[^>]*>warm, method</summary>", whole)
+    assert whole.index(">dose</h4>") < whole.index("front-dose.png") < whole.index(">warm, method</summary>"), "in its block"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_still_going_on_is_said(tmp_path: Path, capsys) -> None:
+    bench, evaluation = write_bench(tmp_path / "bench"), write_evaluation(tmp_path / "evaluation")
+    (bench / "results.jsonl").unlink()
+    (evaluation / "evaluation.json").unlink()
+    assert main(["report", str(bench), str(evaluation), "--output_dir", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("bench: This benchmark has not finished: ") and "1 of its runs" in line]
+    assert [line for line in lines if line.startswith("evaluation: This evaluation has not finished: ")]
+    assert "This benchmark has not finished" in text_of(tmp_path / "out" / PAGE)
+    (tmp_path / "runs" / "run-1").mkdir(parents=True)
+    assert "no training_log.jsonl" in refused(capsys, tmp_path, "--output_dir", tmp_path / "out"), "a folder of runs is none"
 
 
 def test_runs_are_grouped_by_all_but_their_seeds(tmp_path: Path) -> None:
@@ -154,6 +210,23 @@ def test_a_damaged_file_is_named(file: str, content: str | bytes, said: str, tmp
     (run / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert said in refused(capsys, run, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists() and [path.name for path in tmp_path.iterdir()] == ["run"], "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("evaluation.json", '"ratio"', '"mode"', "metrics: accuracy: statistic is 'mode' is unknown to this version"),
+        ("evaluation.json", '"completions"]', '"completions", "more"]', "metrics: accuracy: a ratio of 3 columns is unknown"),
+        ("evaluation.json", '"kind": "answers"', '"kind": 3', "tasks: facts: kind is 3"),
+        ("examples/facts.jsonl", '"tokens": 4', '"tokens": "4"', "facts.jsonl:1: scores: tokens is '4'"),
+        ("examples/facts.jsonl", '"key": ', '"k": ', "facts.jsonl:1: key is missing"),
+        ("examples/facts.jsonl", '"bins": [', '"bins": [[], ', "facts.jsonl:1: scores: bins is [[], "),
+    ],
+)
+def test_a_damaged_evaluation_is_named(file: str, old: str, new: str, said: str, tmp_path: Path, capsys) -> None:
+    path = write_evaluation(tmp_path / "evaluation") / file
+    path.write_text(path.read_text().replace(old, new))
+    assert said in refused(capsys, tmp_path / "evaluation", "--output_dir", tmp_path / "out")
 
 
 def test_folders_that_are_none_of_ours_are_refused(tmp_path: Path, capsys) -> None:

@@ -18,13 +18,14 @@ from transformers.utils import logging as transformers_logging
 
 from speckd import fingerprints
 from speckd.errors import ConfigError, StoreError
-from speckd.evaluation.items import Item, columns
+from speckd.evaluation.items import Item
 from speckd.evaluation.journal import answered, batches, replace
 from speckd.evaluation.kinds import KINDS
 from speckd.evaluation.models import Models, Named, facts
 from speckd.evaluation.options import Options, TaskOptions, load_options
 from speckd.evaluation.rows import File, read_rows
 from speckd.evaluation.statistics import summary
+from speckd.evaluation.sums import columns
 from speckd.evaluation.table import show
 from speckd.evaluation.task import Task
 from speckd.model_card import versions

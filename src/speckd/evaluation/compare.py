@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from speckd.errors import ConfigError
-from speckd.evaluation.items import columns
+from speckd.evaluation import paired
 from speckd.evaluation.journal import read_lines
-from speckd.evaluation.statistics import Metric, difference
+from speckd.evaluation.statistics import Metric
 from speckd.teachers.manifest import differences
 
 logger = logging.getLogger(__name__)
@@ -71,35 +71,18 @@ def _rows(
     first: Path, results: Mapping[str, Any], second: Path, others: Mapping[str, Any], seed: int
 ) -> Iterator[dict[str, Any]]:
     for name, own in results["tasks"].items():
-        other = others["tasks"].get(name)
-        if other is None or other["kind"] != own["kind"]:
-            continue
-        pairs = _pairs(first, second, name)
-        for metric, made in own["metrics"].items():
-            if not pairs or metric not in other["metrics"]:
-                continue
-            spec = Metric(metric, tuple(made["columns"]), made["of"], made["statistic"], made.get("k"))
-            yield {
-                "task": name,
-                "metric": metric,
-                "of": made["of"],
-                "first_folder": str(first),
-                "second_folder": str(second),
-                **difference(spec, pairs, seed),
-            }
+        if name in others["tasks"]:
+            sides = _answered(first, name, own), _answered(second, name, others["tasks"][name])
+            for row in paired.differences(*sides, seed):
+                yield {"task": name, "first_folder": str(first), "second_folder": str(second), **row}
 
 
-def _pairs(first: Path, second: Path, task: str) -> list[tuple[dict[str, float], dict[str, float]]]:
-    """By key; where several rows have one, in their order."""
-    sides = []
-    for folder in (first, second):
-        by_key: dict[tuple[str, int], dict[str, float]] = {}
-        seen: dict[str, int] = {}
-        for (_, key), own in sorted(columns(read_lines(folder / "examples" / f"{task}.jsonl")).items()):
-            by_key[key, seen.get(key, 0)] = own
-            seen[key] = seen.get(key, 0) + 1
-        sides.append(by_key)
-    return [(own, sides[1][key]) for key, own in sides[0].items() if key in sides[1]]
+def _answered(folder: Path, name: str, task: Mapping[str, Any]) -> paired.Answered:
+    metrics = [
+        Metric(metric, tuple(made["columns"]), made["of"], made["statistic"], made.get("k"))
+        for metric, made in task["metrics"].items()
+    ]
+    return paired.Answered(task["kind"], metrics, read_lines(folder / "examples" / f"{name}.jsonl"))
 
 
 def _results(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From folders to a report: told apart, read, drawn, and put in place at once or not at all."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ from speckd.report.page import GENERATOR, Sources, figures_of, render, template
 from speckd.report.runs import CONFIG, Run, is_run, read_run
 from speckd.report.shown import Shown, secrets_of, secrets_of_environment
 
+logger = logging.getLogger(__name__)
+
 PAGE = "report.html"
 
 
@@ -26,6 +29,10 @@ def report(folders: Sequence[Path], output: Path) -> Path:
     """
     _require_free(output, folders)
     sources = read(folders)
+    everything: list[Run | Evaluation | Bench] = [*sources.runs, *sources.evaluations, *sources.benches]
+    for one in everything:
+        if not one.finished:
+            logger.info("%s: %s", one.name, one.notes[0])
     shown = Shown(_secrets(sources))
     figures = figures_of(sources, shown)
     page = render(template(shown), sources, figures)
@@ -72,7 +79,7 @@ def _secrets(sources: Sources) -> set[str]:
     for run in sources.runs:
         found |= secrets_of(run.settings) | secrets_of(run.data) | secrets_of(run.environment)
     for one in sources.evaluations:
-        found |= secrets_of(one.settings) | secrets_of(one.environment) | secrets_of(one.model) | secrets_of({"t": one.teacher})
+        found |= secrets_of(one.settings) | secrets_of(one.environment) | secrets_of(one.model) | secrets_of(one.teacher)
     return found
 
 

@@ -85,7 +85,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes. `ticks`: names of the places 0, 1, … on x; None: x is a number."""
+    """One set of axes. `ticks`: names of the places 0, 1, … on x; None: x is a number. `joined`: x has an order."""
 
     title: str
     x_name: str
@@ -93,6 +93,7 @@ class Panel:
     lines: tuple[Line, ...]
     ticks: tuple[str, ...] | None = None
     rate: bool = False
+    joined: bool = True
 
 
 def charts(several: Sequence[Group], shown: Shown) -> list[Chart]:
@@ -212,7 +213,7 @@ def _by_task(several: Sequence[Group], shown: Shown) -> Chart | None:
             known = {place: value for place, value in found.items() if value is not None}
             if known:
                 lines.append(Line(group.name, tuple(map(float, known)), tuple(known.values()), style))
-        panels.append(Panel("held out, after training", "task", name, tuple(lines), tuple(tasks), rate))
+        panels.append(Panel("held out, after training", "task", name, tuple(lines), tuple(tasks), rate, joined=False))
     note = "Held-out sequences (TAR) and supervised tokens (KL) of each task; mean over a method's runs."
     return _chart("by-task", "By task", note, panels, shown)
 
@@ -334,10 +335,10 @@ def _draw_panel(axes: Any, panel: Panel, colours: Colours, shown: Shown) -> None
             line.x,
             line.y,
             color=colour,
-            linestyle=_DASHES[line.style % len(_DASHES)],
+            linestyle=_DASHES[line.style % len(_DASHES)] if panel.joined else "",
             linewidth=1.6,
             marker=_MARKERS[line.style % len(_MARKERS)] if points else None,
-            markersize=4,
+            markersize=4 if panel.joined else 6,
         )
     axes.set_title(_short(panel.title, shown), fontsize=9, loc="left", color=colours.ink)
     axes.set_xlabel(panel.x_name)

@@ -1,65 +1,67 @@
-"""A folder that `speckd evaluate` wrote, as data; and two of them compared on the examples that both have."""
+"""A folder that `speckd evaluate` wrote, as data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import bootstrap
-
+from speckd.errors import DataError
+from speckd.evaluation.paired import Answered
+from speckd.evaluation.statistics import STATISTICS, Metric
 from speckd.report.files import Fields, read_lines, read_object
 
-FILE = "evaluation.json"
-_RESAMPLES = 2000
+FILE, PLAN, EXAMPLES = "evaluation.json", "plan.json", "examples"
+#: How many columns a statistic is of; of the others, an odd number from 3.
+_COLUMNS = {"ratio": 2, "median": 1}
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A number with its 95 % interval. `of`: what it divides by, in words; `n`: examples; `columns`: of the examples' scores
-    whose sums it divides, numerator and denominator; empty where it is the mean of the score of its own name."""
+class Value:
+    """A metric with its 95 % interval, as the evaluation has them. `of`: what it divides by, in words; `n`: examples."""
 
-    name: str
+    metric: str
     value: float | None
     low: float | None
     high: float | None
     of: str
     n: int | None
-    columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a model answered. `reference` is as the data gave it, as text."""
+    """What a model answered, once. `row`: of the data, from 1; `key`: the same for the same prompt in whatever folder;
+    `prompt`, `reference`: as text."""
 
+    row: int
     key: str
     prompt: str
     completion: str
     reference: str
-    scores: Mapping[str, float]
     truncated: bool
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of an evaluation. `examples`: by key."""
+    """One task of an evaluation. `data`, `options`, `counts`: as in the file; `examples`: in its order, several of one prompt
+    where it was answered several times; `answered`: what metrics are made of."""
 
     name: str
-    kind: str
     data: Mapping[str, Any]
-    metrics: tuple[Metric, ...]
+    options: Mapping[str, Any]
     counts: Mapping[str, float]
-    examples: Mapping[str, Example]
+    values: tuple[Value, ...]
+    examples: tuple[Example, ...]
+    answered: Answered
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluated model. `name`: unique in a report."""
+    """One evaluated model. `name`: unique in a report; `notes`: what is missing or cut off, a line each."""
 
     name: str
+    finished: bool
     model: Mapping[str, Any]
-    teacher: Any
+    teacher: Mapping[str, Any]
     settings: Mapping[str, Any]
     environment: Mapping[str, Any]
     tasks: tuple[Task, ...]
@@ -69,23 +71,16 @@ class Evaluation:
         return next((task for task in self.tasks if task.name == name), None)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Second minus first in a metric, over `n` examples that both answered, with the percentile bootstrap's 95 % interval
-    (Efron 1979) over pairs; None where there are fewer than two."""
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-
-
 def is_evaluation(folder: Path) -> bool:
-    return (folder / FILE).is_file()
+    """Also one that has only begun."""
+    return (folder / FILE).is_file() or ((folder / PLAN).is_file() and (folder / EXAMPLES).is_dir())
 
 
 def read_evaluation(folder: Path, name: str) -> Evaluation:
-    """Raises DataError where a file is damaged."""
+    """Raises DataError where a file is damaged; of one that has not finished there is a note, and no more."""
+    if not (folder / FILE).is_file():
+        unfinished = f"This evaluation has not finished: there is no {FILE} yet. The same speckd evaluate command goes on."
+        return Evaluation(name, False, {}, {}, {}, {}, (), (unfinished,))
     whole = read_object(folder / FILE)
     given, tasks = whole.object("tasks"), []
     notes: list[str] = []
@@ -95,8 +90,9 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
         notes += [note] if note else []
     return Evaluation(
         name,
-        whole.maybe_object("model").values,
-        whole.values.get("teacher"),
+        True,
+        whole.object("model").values,
+        whole.maybe_object("teacher").values,
         whole.maybe_object("settings").values,
         whole.maybe_object("environment").values,
         tuple(tasks),
@@ -106,82 +102,73 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
 
 def _task(fields: Fields, name: str, folder: Path) -> tuple[Task, str | None]:
     metrics = fields.object("metrics")
-    found = tuple(_metric(metrics.object(metric), str(metric)) for metric in metrics.values)
-    examples, note = _examples(folder, name)
-    kind = fields.maybe_text("kind") or ""
-    counts = fields.maybe_object("counts").numbers()
-    return Task(name, kind, fields.maybe_object("data").values, found, counts, examples), note
+    each = [metrics.object(metric) for metric in metrics.values]
+    lines, note = _examples(folder, name)
+    answered = Answered(
+        fields.text("kind"),
+        [_metric(found, str(metric)) for metric, found in zip(metrics.values, each, strict=True)],
+        [{"index": line.whole("index"), "key": line.text("key"), "scores": _scores(line.object("scores"))} for line in lines],
+    )
+    found = Task(
+        name,
+        fields.maybe_object("data").values,
+        fields.maybe_object("options").values,
+        fields.maybe_object("counts").numbers(),
+        tuple(_value(found, str(metric)) for metric, found in zip(metrics.values, each, strict=True)),
+        tuple(map(_example, lines)),
+        answered,
+    )
+    return found, note
+
+
+def _value(fields: Fields, name: str) -> Value:
+    value, low, high = (fields.maybe_number(key) for key in ("value", "low", "high"))
+    return Value(name, value, low, high, fields.text("of"), fields.maybe_whole("n"))
 
 
 def _metric(fields: Fields, name: str) -> Metric:
-    value, low, high = (fields.maybe_number(key) for key in ("value", "low", "high"))
-    columns = tuple(fields.texts("columns")) if fields.values.get("statistic") == "ratio" else ()
-    return Metric(name, value, low, high, fields.maybe_text("of") or "", fields.maybe_whole("n"), columns)
+    statistic, columns = fields.text("statistic"), tuple(fields.texts("columns"))
+    known, count = statistic in STATISTICS, len(columns)
+    if not known or not (count == _COLUMNS[statistic] if statistic in _COLUMNS else count % 2 and count > 1):
+        what = f"a {statistic} of {count} columns" if known else f"statistic is {statistic!r:.60}"
+        raise DataError(f"{fields.where}: {what} is unknown to this version of speckd", "Evaluate anew with this version")
+    return Metric(name, columns, fields.text("of"), statistic, fields.maybe_whole("k"))
 
 
-def _examples(folder: Path, task: str) -> tuple[dict[str, Example], str | None]:
-    path = folder / "examples" / f"{task}.jsonl"
-    if path.parent != folder / "examples" or not path.is_file():  # a name is no way out of the folder
-        return {}, f"examples/{task}.jsonl is not there: no samples and no paired differences of this task."
-    lines, note = read_lines(path)
-    return {one.key: one for one in map(_example, lines)}, note
+def _examples(folder: Path, task: str) -> tuple[list[Fields], str | None]:
+    path = folder / EXAMPLES / f"{task}.jsonl"
+    if path.parent != folder / EXAMPLES or not path.is_file():  # a name is no way out of the folder
+        return [], f"{EXAMPLES}/{task}.jsonl is not there: no samples and no paired differences of this task."
+    return read_lines(path)
 
 
 def _example(line: Fields) -> Example:
-    key, reference = line.values.get("key"), line.values.get("reference")
     return Example(
-        str(line.values.get("index") if key is None else key),
-        line.maybe_text("prompt") or "",
+        line.whole("index") + 1,
+        line.text("key"),
+        _said(line.values.get("prompt")),
         line.maybe_text("completion") or "",
-        "" if reference is None else str(reference),
-        line.maybe_object("scores").numbers(),
+        _said(line.values.get("reference")),
         bool(line.values.get("truncated")),
     )
 
 
-# ---- paired ----------------------------------------------------------------------------------------------------------------
+def _said(value: Any) -> str:
+    """Messages as text, one below the other."""
+    if isinstance(value, list):
+        turns = (one if isinstance(one, dict) else {"content": one} for one in value)
+        return "\n\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in turns)
+    return "" if value is None else str(value)
 
 
-def difference(metric: Metric, first: Task, second: Task) -> Difference | None:
-    """None where no example of both has the metric."""
-    columns = metric.columns if len(metric.columns) == 2 else (metric.name,)
-    keys = [key for key in first.examples if key in second.examples and _have(columns, first, second, key)]
-    if not keys:
-        return None
-    values = [[task.examples[key].scores[column] for task in (first, second) for column in columns] for key in keys]
-    rows = np.array(values, dtype=np.float64)
-    if len(columns) == 1:
-        rows = np.insert(rows, [1, 2], 1.0, axis=1)
-    value = float(_gap(rows))
-    if not np.isfinite(value):
-        return None
-    low, high = _interval(rows)
-    return Difference(value, low, high, len(keys))
+def _scores(fields: Fields) -> dict[str, float | list[float]]:
+    """Numbers, and lists of them; without those that are not there."""
+    known = {str(key): value for key, value in fields.values.items() if value is not None}
+    for key, value in known.items():
+        if not all(isinstance(one, (bool, int, float)) for one in _each(value)):
+            raise DataError(f"{fields.where}: {key} is {value!r:.60}", "It must be a number: was the file changed?")
+    return {key: [float(one) for one in value] if isinstance(value, list) else float(value) for key, value in known.items()}
 
 
-def _have(columns: Sequence[str], first: Task, second: Task, key: str) -> bool:
-    return all(column in task.examples[key].scores for task in (first, second) for column in columns)
-
-
-def _gap(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[..., n, 4] numerator and denominator of the first, then of the second -> second minus first, [...]."""
-    total = rows.sum(-2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(total[..., 2] / total[..., 3] - total[..., 0] / total[..., 1])
-
-
-def _interval(rows: NDArray[np.float64]) -> tuple[float | None, float | None]:
-    if len(rows) < 2:
-        return None, None
-    found = bootstrap(
-        (np.arange(len(rows)),),
-        lambda index, axis: _gap(rows[np.moveaxis(np.asarray(index), axis, -1)]),
-        n_resamples=_RESAMPLES,
-        batch=max(1, 2**20 // len(rows)),
-        vectorized=True,
-        axis=-1,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    low, high = float(found.low), float(found.high)
-    return (low, high) if np.isfinite([low, high]).all() else (None, None)
+def _each(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list) else [value]

@@ -10,18 +10,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 import speckd
+from speckd.report.answers import tasks_of
 from speckd.report.benches import Bench
 from speckd.report.charts import Chart, DataTable, Picture, charts
 from speckd.report.comparison import MEASURES, Estimate, Group, groups, measured, paired
-from speckd.report.evaluations import Difference, Evaluation, Metric, Task, difference
+from speckd.report.evaluations import Evaluation
 from speckd.report.runs import Run
 from speckd.report.shown import Shown, number, without_secrets
-from speckd.report.viewer import View, views
+from speckd.report.viewer import views
 
 #: By which a page of ours is known.
 GENERATOR = "speckd report"
-#: Of each task, examples that are shown side by side; letters of one text.
-_EXAMPLES, _LETTERS = 5, 2_000
 
 
 class DataUri(str):
@@ -52,35 +51,15 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class RunPart:
-    """One run: `facts` in short, its `settings`, and its samples token by token."""
+class MadePart:
+    """How a run or an evaluation came about: what is missing of it, what was warned of, and names and values."""
 
-    run: Run
+    name: str
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
     settings: tuple[tuple[str, str], ...]
     environment: tuple[tuple[str, str], ...]
-    views: tuple[View, ...]
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """One example as several models answered it: (model, completion, scores)."""
-
-    key: str
-    prompt: str
-    reference: str
-    answers: tuple[tuple[str, str, str], ...]
-
-
-@dataclass(frozen=True)
-class TaskPart:
-    """One task of some evaluations."""
-
-    name: str
-    kind: str
-    metrics: DataTable
-    differences: DataTable | None
-    examples: tuple[SideBySide, ...]
 
 
 def template(shown: Shown) -> Template:
@@ -107,10 +86,11 @@ def render(page: Template, sources: Sources, figures: Sequence[Chart]) -> str:
         changes=_changes(several),
         by_task=_by_task(several),
         differing=_differing(sources.runs),
-        runs=[_run_part(run, place) for place, run in enumerate(sources.runs)],
-        tasks=_tasks(sources.evaluations),
-        evaluations=[_evaluation_facts(one) for one in sources.evaluations],
-        benches=[(one, [(picture, DataUri.of(picture.png)) for picture in one.pictures]) for one in sources.benches],
+        runs=[(run.name, views(run, place)) for place, run in enumerate(sources.runs)],
+        tasks=tasks_of(sources.evaluations),
+        made=[*map(_made_of_run, sources.runs), *map(_made_of_evaluation, sources.evaluations)],
+        benches=sources.benches,
+        uri=DataUri.of,
     )
 
 
@@ -196,13 +176,20 @@ def _differing(runs: Sequence[Run]) -> DataTable | None:
     return DataTable("Settings that differ", ("run", *keys), tuple(rows)) if keys else None
 
 
-def _run_part(run: Run, place: int) -> RunPart:
+def _made_of_run(run: Run) -> MadePart:
     facts = [
         ("state", "finished" if run.finished else "not finished"),
         ("optimizer steps", number(run.steps)),
         *((str(name), _value(value)) for name, value in run.data.items()),
     ]
-    return RunPart(run, tuple(facts), _pairs(run.settings), _pairs(run.environment), tuple(views(run, place)))
+    return MadePart(run.name, run.notes, run.warnings, tuple(facts), _pairs(run.settings), _pairs(run.environment))
+
+
+def _made_of_evaluation(one: Evaluation) -> MadePart:
+    both = {**one.model, **{f"teacher: {key}": value for key, value in one.teacher.items()}}
+    options = {f"{task.name}: {key}": value for task in one.tasks for key, value in task.options.items() if value is not None}
+    settings = (*_pairs(one.settings), *_pairs(options))
+    return MadePart(one.name, one.notes, (), _pairs(both), settings, _pairs(one.environment))
 
 
 def _pairs(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -217,70 +204,6 @@ def _value(value: Any) -> str:
         plain = without_secrets(value)
         return yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10_000).strip()
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-
-
-# ---- evaluations -----------------------------------------------------------------------------------------------------------
-
-
-def _evaluation_facts(one: Evaluation) -> RunPart:
-    teacher = {} if one.teacher is None else {"teacher": one.teacher}
-    empty = Run(one.name, True, (), {}, {}, 0, {}, {}, {}, (), (), (), one.notes)
-    return RunPart(empty, _pairs({**one.model, **teacher}), _pairs(one.settings), _pairs(one.environment), ())
-
-
-def _tasks(several: Sequence[Evaluation]) -> list[TaskPart]:
-    names = dict.fromkeys(task.name for one in several for task in one.tasks)
-    return [_task(name, [(one.name, task) for one in several for task in [one.task(name)] if task]) for name in names]
-
-
-def _task(name: str, own: Sequence[tuple[str, Task]]) -> TaskPart:
-    metrics = list(dict.fromkeys(metric.name for _, task in own for metric in task.metrics))
-    rows = []
-    for metric in metrics:
-        for model, task in own:
-            found = next((each for each in task.metrics if each.name == metric), None)
-            if found is not None:
-                rows.append((f"{metric}: {model}", number(found.value), _interval(found), number(found.n), found.of))
-    table = DataTable(f"{name}: metrics", ("metric and model", "value", "95 % interval", "examples", "divided by"), tuple(rows))
-    return TaskPart(name, own[0][1].kind, table, _differences(name, own), tuple(_side_by_side(own)))
-
-
-def _interval(found: Metric | Difference) -> str:
-    return "–" if found.low is None or found.high is None else f"[{number(found.low)}, {number(found.high)}]"
-
-
-def _differences(name: str, own: Sequence[tuple[str, Task]]) -> DataTable | None:
-    rows = []
-    (first_name, first), *others = own
-    for metric in first.metrics:
-        for other_name, other in others:
-            found = difference(metric, first, other)
-            if found is not None:
-                sign = "+" if found.value > 0 else ""
-                value = f"{sign}{number(found.value, 3)}"
-                rows.append((f"{metric.name}: {other_name} − {first_name}", value, _interval(found), number(found.n)))
-    head = ("metric and models", "difference", "95 % interval", "shared examples")
-    return DataTable(f"{name}: paired differences", head, tuple(rows)) if rows else None
-
-
-def _side_by_side(own: Sequence[tuple[str, Task]]) -> list[SideBySide]:
-    """The first examples that all models answered; without such, the first model's own."""
-    keys = [key for key in own[0][1].examples if all(key in task.examples for _, task in own)] or list(own[0][1].examples)
-    found = []
-    for key in keys[:_EXAMPLES]:
-        known = [(model, task.examples[key]) for model, task in own if key in task.examples]
-        answers = [(model, _clipped(one.completion), _scores(one.scores, one.truncated)) for model, one in known]
-        found.append(SideBySide(key, _clipped(known[0][1].prompt), _clipped(known[0][1].reference), tuple(answers)))
-    return found
-
-
-def _scores(scores: Mapping[str, float], truncated: bool) -> str:
-    said = [f"{name} {number(value, 3)}" for name, value in scores.items()]
-    return ", ".join([*said, *(["cut off at its longest"] if truncated else [])])
-
-
-def _clipped(text: str) -> str:
-    return text if len(text) <= _LETTERS else f"{text[:_LETTERS]} … ({len(text) - _LETTERS} more letters)"
 
 
 def figures_of(sources: Sources, shown: Shown) -> list[Chart]:

@@ -120,7 +120,7 @@ def read_run(folder: Path, name: str) -> Run:
     log = _lines(folder / LOG, notes)
     results = read_object(folder / RESULTS) if (folder / RESULTS).is_file() else Fields({}, str(folder / RESULTS))
     if not results.values:
-        notes.append("This run has not finished: there is no results.json. What follows is as far as it came.")
+        notes.insert(0, "This run has not finished: there is no results.json. What follows is as far as it came.")
     settings = results.maybe_object("settings").values
     if not settings and (folder / CONFIG).is_file():
         settings = read_yaml(folder / CONFIG).values

@@ -105,7 +105,7 @@ class Shown:
 
 def visible(text: str) -> str:
     """With a name in the place of what has no shape of its own: controls, marks of direction, halves of letters."""
-    return "".join(map(_visible, text))
+    return text if text.isprintable() else "".join(map(_visible, text))
 
 
 def _visible(letter: str) -> str:
