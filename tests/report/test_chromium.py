@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from speckd.report.build import read, report
+from speckd.report.build import read
 from speckd.report.page import figures_of, render, template
 from speckd.report.shown import Shown
 from tests.report.chromium import BROWSER, Page
@@ -95,9 +95,8 @@ def test_payloads_change_nothing_for_the_browser(tmp_path: Path, browser: Page) 
     assert all(url.startswith("file://") and url.endswith(".html") for url in asked(browser))
 
 
-def test_a_real_report_is_printed_without_cards(tmp_path: Path, browser: Page) -> None:
-    path = report([write_run(tmp_path / "run")], tmp_path / "out")
-    browser.open(path)
+def test_a_real_report_is_printed_without_cards(page: Path, browser: Page) -> None:
+    browser.open(page)
     browser.media(printed=True)
     browser.ask("document.querySelectorAll('mark[aria-describedby]')[1].focus()")
     assert browser.ask(CARD) == "none"
