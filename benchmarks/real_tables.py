@@ -42,7 +42,9 @@ def tables(found: Sequence[Found], methods: Sequence[str], teachers: Sequence[st
     parts += ["## Mean of the four sources", *_means(found, methods, teachers, None)]
     for base in methods[:2]:
         for teacher in teachers:
-            parts += [f"### Minus {base}; {teacher} teacher", *_against(found, methods, teacher, base)]
+            lines = _against(found, methods, teacher, base)
+            if len(lines) > 2:  # some method is there
+                parts += [f"### Minus {base}; {teacher} teacher", *lines]
     for source in ANSWERS:
         parts += [f"## {source}", *_means(found, methods, teachers, source)]
     return "\n\n".join(["\n".join(lines) for lines in _joined(parts)])
