@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from speckd.bench.plan import Cell, Plan
+from speckd.bench.plan import Block, Cell, Plan
 from speckd.bench.runner import Found
 from speckd.bench.statistics import interval
 from speckd.bench.tables import MEASURES, Results
@@ -22,8 +23,8 @@ def draw_all(plan: Plan, found: Sequence[Found], folder: Path) -> None:
     for block in plan.blocks:
         doses = {name: plan.teachers[name].scrambled for name in block.teachers if _only_scrambled(plan, name)}
         if len(set(doses.values())) > 2:
-            _draw_doses(results, block.name, doses, folder / f"dose-{_file(block.name)}.png")
-        _draw_front(results, block.name, folder / f"front-{_file(block.name)}.png")
+            _draw_doses(results, block, doses, folder / f"dose-{_file(block.name)}.png")
+        _draw_front(results, block, folder / f"front-{_file(block.name)}.png")
 
 
 def _only_scrambled(plan: Plan, name: str) -> bool:
@@ -35,58 +36,86 @@ def _file(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name).strip("-")
 
 
-def _style(plan: Plan, method: str) -> dict[str, Any]:
+def _style(methods: Sequence[str], method: str) -> dict[str, Any]:
+    """One colour and mark for each of a block's methods."""
     import matplotlib.pyplot as plt
 
-    place = list(plan.methods).index(method)
-    return {"color": plt.colormaps["tab20"](place % 20), "marker": _MARKS[place % len(_MARKS)], "label": method}
+    place = list(methods).index(method)
+    return {
+        "color": plt.colormaps["tab20"]((2 * place + 2 * place // 20) % 20),
+        "marker": _MARKS[place % len(_MARKS)],
+        "label": method,
+    }
 
 
-def _draw_doses(results: Results, block: str, doses: dict[str, float], path: Path) -> None:
+def _draw_doses(results: Results, block: Block, doses: dict[str, float], path: Path) -> None:
+    """Each method minus the one that asks no teacher, which no dose changes."""
     import matplotlib.pyplot as plt
 
-    groups = [(cell, cells) for cell, cells in results.groups() if cell.block == block and cell.teacher in doses]
+    groups = [(cell, cells) for cell, cells in results.groups() if cell.block == block.name and cell.teacher in doses]
     kinds = list(dict.fromkeys((cell.start, cell.data) for cell, _ in groups))
     size = (3.1 * len(_DOSED), 2.9 * len(kinds) + 1.2)
     figure, axes = plt.subplots(len(kinds), len(_DOSED), figsize=size, squeeze=False, layout="constrained", sharex=True)
+    base = next((name for name in block.methods if not results.plan.methods[name].needs_teacher), None)
     for line, kind in zip(axes, kinds, strict=True):
+        own = [(doses[cell.teacher], cells) for cell, cells in groups if (cell.start, cell.data) == kind]
         for axis, measure in zip(line, _DOSED, strict=True):
-            for method in results.plan.methods:
-                points = sorted(
-                    (doses[cell.teacher], *interval(list(results.values(own, measure).values())))
-                    for cell, cells in groups
-                    if (cell.start, cell.data) == kind
-                    for own in cells
-                    if own.method == method
-                )
-                if points:
-                    x, y, half = zip(*points, strict=True)
-                    axis.errorbar(
-                        [100 * v for v in x],
-                        y,
-                        yerr=half,
-                        capsize=2,
-                        linewidth=1.2,
-                        markersize=4,
-                        **_style(results.plan, method),
-                    )
-            name, more = MEASURES[measure]
-            axis.set_title(f"{name} ({'more' if more else 'less'} is better)", fontsize=9)
-            axis.grid(alpha=0.3)
+            _draw_curves(axis, results, block.methods, base, measure, own)
         line[0].set_ylabel("start: {}, {}".format(*kind))
     for axis in axes[-1]:
         axis.set_xlabel("teacher scrambled at … % of positions")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_front(results: Results, block: str, path: Path) -> None:
+def _draw_curves(
+    axis: Any,
+    results: Results,
+    methods: Sequence[str],
+    base: str | None,
+    measure: str,
+    doses: Sequence[tuple[float, list[Cell]]],
+) -> None:
+    """One measure; the methods side by side at each dose, so that their 95 % intervals can be told apart."""
+    sizes: list[float] = []
+    for place, method in enumerate(name for name in methods if name != base):
+        points = sorted((dose, *_gap(results, cells, method, base, measure)) for dose, cells in doses if _has(cells, method))
+        if not points:
+            continue
+        x, y, half = zip(*points, strict=True)
+        sizes += [abs(v) for v in y]
+        shifted = [100 * v + 0.7 * (place - len(methods) / 2) for v in x]
+        axis.errorbar(shifted, y, yerr=half, capsize=2, linewidth=1, markersize=4, **_style(methods, method))
+    name, more = MEASURES[measure]
+    if base is not None and sizes:
+        axis.axhline(0, color="black", linewidth=0.8)
+        if max(sizes) > 10 * median(sizes):  # one method is far off, and would flatten all others
+            axis.set_yscale("symlog", linthresh=max(sizes) / 20)
+    axis.set_title(f"{name}{f' − {base}' if base else ''} ({'up' if more else 'down'} is better)", fontsize=9)
+    axis.grid(alpha=0.3)
+
+
+def _has(cells: Sequence[Cell], method: str) -> bool:
+    return any(cell.method == method for cell in cells)
+
+
+def _gap(results: Results, cells: Sequence[Cell], method: str, base: str | None, measure: str) -> tuple[float, float]:
+    """The method's mean and half of its interval: of the paired difference where there is something to subtract."""
+    if base is not None and _has(cells, base):
+        found = results.against(cells, base, measure)[method]
+        return found.mean, found.high - found.mean
+    own = next(cell for cell in cells if cell.method == method)
+    return interval(list(results.values(own, measure).values()))
+
+
+def _draw_front(results: Results, block: Block, path: Path) -> None:
     """NLL against α, one panel a cell: up and to the left is better at both aims."""
     import matplotlib.pyplot as plt
 
-    groups = [(cell, cells) for cell, cells in results.groups() if cell.block == block]
+    groups = [(cell, cells) for cell, cells in results.groups() if cell.block == block.name]
+    methods = [name for name in results.plan.methods if any(_has(cells, name) for _, cells in groups)]
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 3.1 * lines + 1), squeeze=False, layout="constrained")
@@ -94,7 +123,7 @@ def _draw_front(results: Results, block: str, path: Path) -> None:
     for axis, (cell, cells) in zip(flat, groups, strict=False):
         points = {own: (_centre(results, own, "nll"), _centre(results, own, "alpha")) for own in cells}
         for own, (x, y) in points.items():
-            axis.plot(x, y, linestyle="", markersize=7, **_style(results.plan, own.method))
+            axis.plot(x, y, linestyle="", markersize=7, **_style(methods, own.method))
         front = front_of(list(points.values()))
         axis.plot(*zip(*front, strict=True), color="gray", linewidth=0.8, zorder=0)
         axis.set_title(f"{cell.start}, {cell.teacher}, {cell.data}", fontsize=8)
