@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from speckd.evaluation.items import columns
 from speckd.evaluation.kinds import KINDS
 from speckd.evaluation.likelihood import correct_tokens
 from speckd.evaluation.models import Models, positions
 from speckd.evaluation.options import Options, TaskOptions
 from speckd.evaluation.rows import read_rows
 from speckd.evaluation.statistics import value
+from speckd.evaluation.sums import columns
 from speckd.quickstart.evaluation import block_efficiency
 from speckd.sources.model_writer import ModelWriter
 from speckd.sources.writer import Draws, Prompt, Sampling
