@@ -53,7 +53,7 @@ def test_names_are_frozen() -> None:
     )
     assert {f.name for f in dataclasses.fields(RunArguments)} == set(
         "dataset_name dataset_config dataset_train_split dataset_test_split dataset_prompt_column dataset_completion_column "
-        "eval_dataset eval_rows overwrite_output_dir allow_changed_config".split()
+        "task_column token_view_samples eval_dataset eval_rows overwrite_output_dir allow_changed_config".split()
     )
 
 
@@ -74,6 +74,8 @@ def test_recipes_are_what_they_say(tmp_path) -> None:
         "paper-v2-top-k": ("top_k", "down_weight", "forward_kl", "valid", 0.0),
         "sft": ("none", "mask", "forward_kl", "valid", 1.0),
         "skd": ("none", "mask", "forward_kl", "valid", 0.0),
+        "trust": ("trust", "label", "forward_kl", "valid", 0.0),
+        "draft": ("trust", "label", "lk_hybrid", "valid", 0.0),
         "top-k-label": ("top_k", "label", "forward_kl", "valid", 0.0),
         "ungated": ("none", "mask", "forward_kl", "valid", 0.0),
         "abkd": ("none", "mask", "alpha_beta", "valid", 0.0),

@@ -70,6 +70,10 @@ def test_the_same_curve_as_with_the_teacher_in_process(how: str, narrow: World, 
     assert curve(tmp_path / "out", "tar") == pytest.approx(curve(tmp_path / "whole", "tar"), abs=1e-12)
 
 
+#: For tests that count a server's requests: no sample is looked at for a report.
+UNRECORDED = ("--token_view_samples", "0")
+
+
 def test_the_teacher_is_asked_ahead_and_each_row_once(narrow: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     ask, launch, ahead = ServerPool.ask, ServedSource.launch, []
@@ -79,7 +83,7 @@ def test_the_teacher_is_asked_ahead_and_each_row_once(narrow: World, tmp_path: P
         asked.clear()
         ahead.clear()
         with served(narrow.teacher) as server:
-            more = ["--num_train_epochs", "2", "--teacher_prefetch", str(steps)]
+            more = ["--num_train_epochs", "2", "--teacher_prefetch", str(steps), *UNRECORDED]
             assert run_cli(flags_of(narrow, tmp_path / str(steps), *use(server.url), *more)) == 0
         assert len(asked) == 4 + 48, "four to see what is dropped, then 24 rows in each of two epochs"
         assert ahead[0] == 4 + (24 if steps else 8), "before the first step"
@@ -97,7 +101,7 @@ def test_one_server_dies_and_the_other_goes_on(narrow: World, tmp_path: Path) ->
 def test_all_servers_die_and_the_run_goes_on_later_to_the_same_log(
     narrow: World, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    more = ["--num_train_epochs", "2"]
+    more = ["--num_train_epochs", "2", *UNRECORDED]
     with served(narrow.teacher) as server:
         assert run_cli(flags_of(narrow, tmp_path / "whole", *use(server.url), *more)) == 0
     with served(narrow.teacher, f.die_for_good, share=1.0, start=13) as dying:
