@@ -150,7 +150,8 @@ def test_doses_on_different_texts_are_curves_of_their_own(tmp_path: Path, monkey
     found = [Found(cell, seed, 2e-3, 2, outcome(0.5, "1")) for _, cell in plan.cells() for seed in range(2)]
     draw_all(plan, found, tmp_path)
     curves = [list(curve[0].get_xdata()) for axis in shown[0].axes for curve in axis.containers]
-    assert len(curves) == 2 * 5 * 3 and all(x == [0.0, 25.0, 50.0] for x in curves)
+    assert len(curves) == 2 * 5 * 2  # two texts, five measures, and what is left when one of three methods is subtracted
+    assert all(x == pytest.approx([0, 25, 50], abs=2) for x in curves)  # side by side at each dose
 
 
 def test_a_share_of_the_oracles_gain() -> None:
