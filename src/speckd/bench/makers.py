@@ -18,7 +18,7 @@ from torch import Tensor
 from speckd import LMHead, supervised_rows
 from speckd.bench.plan import Run, Shape, Teacher, TrainedOn, World
 from speckd.fingerprints import of_bytes
-from speckd.quickstart.data import Encoded, collate, encode
+from speckd.quickstart.data import Encoded, batches, collate, encode
 from speckd.quickstart.evaluation import generate_greedy
 from speckd.quickstart.models import llama, load_teacher, quiet_loading
 from speckd.tasks import Example, distinct, stream
@@ -254,17 +254,6 @@ def starting_student(run: Run, folder: Path) -> Any:
             _publish(path)
         student = type(student).from_pretrained(path)
     return student.to(run.world.device)
-
-
-def batches(rows: int, batch_size: int, seed: int, steps: int) -> Iterator[list[int]]:
-    """The same rows in the same order for every method of one seed."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    for _ in range(steps):
-        if len(order) < batch_size:
-            order += torch.randperm(rows, generator=generator).tolist()
-        chosen, order = order[:batch_size], order[batch_size:]
-        yield chosen
 
 
 # ---- keeping -----------------------------------------------------------------------------------------------------------------

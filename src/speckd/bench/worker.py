@@ -20,7 +20,7 @@ from speckd.gates import NoGate
 from speckd.metrics import AcceptanceTally
 from speckd.policies import Label
 from speckd.quickstart.compare import matches, places
-from speckd.quickstart.data import Encoded, collate, encode
+from speckd.quickstart.data import Encoded, batches, collate, encode
 from speckd.quickstart.evaluation import block_efficiency, generate_greedy
 from speckd.tasks import FAMILIES, verify_all
 from speckd.teachers import DenseTeacher, ScrambledTeacher, TopKTeacher
@@ -93,7 +93,7 @@ Batch = tuple[TokenBatch, Tensor, TeacherRows, SupervisedRows]
 def _batches(student: Any, run: Run, folder: Path) -> Iterator[Batch]:
     """Batches on the run's device; on student text, what the student has just written is judged by the teacher itself."""
     world = run.world
-    order = makers.batches(world.train, world.batch_size, run.seed + 1000, run.steps)
+    order = batches(world.train, world.batch_size, run.seed + 1000, run.steps)
     if run.data != "student text":
         texts, logits = makers.stored_answers(world, run.teacher.base, run.data == "teacher text", folder)
         yield from _judged(texts, logits, order, run)

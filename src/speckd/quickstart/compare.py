@@ -26,7 +26,7 @@ from speckd.gates import LabelRatio, NoGate, TopK
 from speckd.metrics import AcceptanceTally
 from speckd.policies import Label, Mask
 from speckd.quickstart import report
-from speckd.quickstart.data import Encoded, collate, encode
+from speckd.quickstart.data import Encoded, batches, collate, encode
 from speckd.quickstart.evaluation import accuracy, block_efficiency, generate_greedy
 from speckd.quickstart.models import llama, load_teacher, quiet_loading
 from speckd.tasks import distinct, stream
@@ -216,17 +216,6 @@ def _work(job: Job, work: Path) -> dict[str, Any]:
     return {"job": asdict(job), "measures": measures, "curve": curve}
 
 
-def _batches(encoded: Sequence[Encoded], seed: int, steps: int) -> Iterator[list[int]]:
-    """The same samples in the same order for every method of one seed."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    for _ in range(steps):
-        if len(order) < BATCH_SIZE:
-            order += torch.randperm(len(encoded), generator=generator).tolist()
-        chosen, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
-        yield chosen
-
-
 def _train(student: Any, job: Job, encoded: list[Encoded], logits: Tensor, pad: int) -> list[dict[str, float]]:
     """A plain loop: batch, hidden states, objective, step. Returns loss and acceptance rate of every tenth step."""
     objective = METHODS[job.method or "SFT"]
@@ -235,7 +224,7 @@ def _train(student: Any, job: Job, encoded: list[Encoded], logits: Tensor, pad: 
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, job.steps + 1, pct_start=0.1)
     curve, tally, losses = [], AcceptanceTally(), []
-    for step, chosen in enumerate(_batches(encoded, job.seed + (1000 if job.method else 0), job.steps), 1):
+    for step, chosen in enumerate(batches(len(encoded), BATCH_SIZE, job.seed + (1000 if job.method else 0), job.steps), 1):
         batch, mask = collate([encoded[i] for i in chosen], pad)
         rows = supervised_rows(batch, seed=job.seed)
         teacher: TeacherRows = DenseTeacher(logits, places(batch, rows, [encoded[i] for i in chosen], first))

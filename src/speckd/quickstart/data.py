@@ -1,6 +1,6 @@
 """Task examples as padded tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,3 +41,14 @@ def collate(chosen: Sequence[Encoded], pad: int) -> tuple[TokenBatch, Tensor]:
         labels[row, e.prompt_length : n] = ids[row, e.prompt_length : n]
     samples = torch.tensor([e.sample for e in chosen])[:, None].expand_as(ids)
     return TokenBatch(ids, labels, samples, torch.arange(length).expand_as(ids)), mask
+
+
+def batches(rows: int, batch_size: int, seed: int, steps: int) -> Iterator[list[int]]:
+    """The same rows in the same order for every method of one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        if len(order) < batch_size:
+            order += torch.randperm(rows, generator=generator).tolist()
+        chosen, order = order[:batch_size], order[batch_size:]
+        yield chosen
