@@ -56,7 +56,8 @@ def _draw_doses(results: Results, block: Block, doses: dict[str, float], path: P
     kinds = list(dict.fromkeys((cell.start, cell.data) for cell, _ in groups))
     size = (3.1 * len(_DOSED), 2.9 * len(kinds) + 1.2)
     figure, axes = plt.subplots(len(kinds), len(_DOSED), figsize=size, squeeze=False, layout="constrained", sharex=True)
-    base = next((name for name in block.methods if not results.plan.methods[name].needs_teacher), None)
+    methods = results.plan.methods
+    base = next((name for name in block.methods if not (methods[name].needs_teacher or methods[name].untrained)), None)
     for line, kind in zip(axes, kinds, strict=True):
         own = [(doses[cell.teacher], cells) for cell, cells in groups if (cell.start, cell.data) == kind]
         for axis, measure in zip(line, _DOSED, strict=True):

@@ -75,18 +75,20 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Method:
-    """`settings`: of the method, as in `speckd train`; or `oracle: true`, which knows where the teacher is scrambled.
+    """`settings`: of the method, as in `speckd train`; or `oracle: true`, which knows where the teacher is scrambled;
+    or `untrained: true`, the starting student as it is.
 
-    `aim`: what its learning rate is tuned for. `reason`: in a few words, for the tables.
+    `aim`: what its learning rate is tuned for.
     """
 
     settings: Mapping[str, Any]
     aim: str = "quality"
     oracle: bool = False
+    untrained: bool = False
 
     @property
     def needs_teacher(self) -> bool:
-        return self.settings.get("label_loss_weight") != 1
+        return not self.untrained and self.settings.get("label_loss_weight") != 1
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class Plan:
     methods: Mapping[str, Method]
     blocks: tuple[Block, ...]
     learning_rates: tuple[float, ...]
+    rates_beyond: int = 0
     tuning_seeds: tuple[int, ...] = (1000,)
     tuned_with: Mapping[str, str] = field(default_factory=dict)
     references: tuple[str, ...] = ("ungated", "SFT")
@@ -185,10 +188,26 @@ class Plan:
 
         Counted as usual, 6 operations a parameter and token for training and 2 for the teacher's forward.
         """
+        if method.untrained:
+            return 0
         if block.budget == "steps" or method.needs_teacher:
             return block.steps
         student, teacher = parameters(self.world.student), parameters(self.world.teacher or SHIPPED)
         return round(block.steps * (6 * student + 2 * teacher) / (6 * student))
+
+    @property
+    def ladder(self) -> tuple[float, ...]:
+        """Every rate that tuning may come to: the plan's, and `rates_beyond` more on either side, in the steps of its ends."""
+        rates = sorted(self.learning_rates)
+        if not self.rates_beyond:
+            return tuple(rates)
+        lower, upper = rates[1] / rates[0], rates[-1] / rates[-2]
+        below = [rates[0] / lower**i for i in range(self.rates_beyond, 0, -1)]
+        return (*below, *rates, *(rates[-1] * upper**i for i in range(1, self.rates_beyond + 1)))
+
+    def tuned(self, block: Block, cell: Cell) -> bool:
+        """Is its learning rate chosen among several?"""
+        return block.learning_rate is None and len(self.learning_rates) > 1 and not self.methods[cell.method].untrained
 
     def tuning_cell(self, cell: Cell) -> Cell:
         """The cell whose learning rate this one takes."""
@@ -270,6 +289,7 @@ def plan_of(content: Mapping[str, Any]) -> Plan:
             _number("learning_rates", float, rate, 0.0)
             for rate in _list("learning_rates", content.get("learning_rates", [2e-3]))
         ),
+        _number("rates_beyond", int, content.get("rates_beyond", 0), 0),
         tuple(_number("tuning_seeds", int, seed, 0) for seed in _list("tuning_seeds", content.get("tuning_seeds", [1000]))),
         _mapping("tuned_with", content.get("tuned_with", {})),
         _list("references", content.get("references", ["ungated", "SFT"]), least=0),
@@ -340,12 +360,15 @@ def _shape(where: str, spec: Any) -> Shape:
 
 def _method(where: str, spec: Any) -> Method:
     given = dict(_mapping(where, spec))
-    aim, oracle = given.pop("aim", "quality"), given.pop("oracle", False)
+    aim, oracle, untrained = given.pop("aim", "quality"), given.pop("oracle", False), given.pop("untrained", False)
     if aim not in AIMS:
         raise ConfigError(f"{where}: aim is '{aim}'", nearest(str(aim), list(AIMS)))
-    if not isinstance(oracle, bool):
-        raise ConfigError(f"{where}: oracle is {oracle!r}", "Give true or false")
-    return Method(given, aim, oracle)
+    for name, value in (("oracle", oracle), ("untrained", untrained)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where}: {name} is {value!r}", "Give true or false")
+    if untrained and (given or oracle):
+        raise ConfigError(f"{where}: it is untrained and has settings", "Leave them out")
+    return Method(given, aim, oracle, untrained)
 
 
 def _block(where: str, spec: Any) -> Block:
@@ -377,6 +400,8 @@ def _require_names(plan: Plan) -> None:
     for name in plan.references:
         if name not in plan.methods:
             raise ConfigError(f"references: '{name}' is not a method", nearest(str(name), list(plan.methods)))
+    if plan.rates_beyond and len(plan.learning_rates) < 2:
+        raise ConfigError("rates_beyond: one learning rate has no step to go on by", "Give two learning_rates or more")
     names = [block.name for block in plan.blocks]
     if len(set(names)) < len(names):
         raise ConfigError("blocks: two have the same name", "Name them apart")

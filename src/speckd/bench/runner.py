@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,14 +48,14 @@ def run_all(plan: Plan, folder: Path, workers: int, console: Console) -> list[Fo
     _require_device(plan.world.device)
     cells = list(plan.cells())
     made = folder / "made"
-    tuning = list(_tuning_runs(plan, cells))
+    tuning = _tuning(plan, cells)
     with _Pool(folder, workers, console) as pool:
         pool.all("clean teacher", [Run(plan.world, 0, 0)], made)  # all others begin with it
         pool.all("other teachers", _made_first(plan, cells), made)
-        pool.all("starts", _starts([run for _, run in tuning] + [plan.run(b, c, s, 0.0) for b, c, s in _seeds(cells)]), made)
-        tuned = pool.all("learning rates", [run for _, run in tuning], made) if len(plan.learning_rates) > 1 else {}
-        rates = _chosen(plan, tuning, tuned)
-        wanted = {(c, s): plan.run(b, c, s, b.learning_rate or rates[_tuned(plan, c)]) for b, c, s in _seeds(cells)}
+        seeded = [*_seeds(cells), *((b, c, seed) for c, b in tuning.items() for seed in plan.tuning_seeds)]
+        pool.all("starts", _starts([plan.run(b, c, seed, 0.0) for b, c, seed in seeded]), made)
+        rates = _tune(plan, tuning, pool, made)
+        wanted = {(c, s): plan.run(b, c, s, _rate(plan, b, c, rates)) for b, c, s in _seeds(cells)}
         done = pool.all("runs", list(wanted.values()), made)
     return [Found(cell, seed, run.learning_rate, run.steps, done[run.key]) for (cell, seed), run in wanted.items()]
 
@@ -64,7 +64,7 @@ def _require_labels_of_others(plan: Plan) -> None:
     """Refuses who learns from, or judges by, the labels of text that the student wrote: they are its own words."""
     for block in plan.blocks:
         for name in block.methods if "student text" in block.data else ():
-            if worker.asks_for_labels(worker.objective_of(plan.methods[name])):
+            if not plan.methods[name].untrained and worker.asks_for_labels(worker.objective_of(plan.methods[name])):
                 raise ConfigError(
                     f"blocks: {block.name}: on student text, {name} would take the student's own words for labels",
                     "Give that data a block of its own, with methods that ask for no label",
@@ -91,32 +91,58 @@ def _tuned(plan: Plan, cell: Cell) -> Cell:
     return replace(plan.tuning_cell(cell), block="")
 
 
-def _tuning_runs(plan: Plan, cells: Sequence[tuple[Block, Cell]]) -> Iterable[tuple[Cell, Run]]:
-    seen: set[Cell] = set()
+def _tuning(plan: Plan, cells: Sequence[tuple[Block, Cell]]) -> dict[Cell, Block]:
+    """Whose rate is chosen, with the first block that asks for it."""
+    found: dict[Cell, Block] = {}
     for block, cell in cells:
-        own = _tuned(plan, cell)
-        if own in seen or block.learning_rate is not None:
-            continue
-        seen.add(own)
-        for rate in plan.learning_rates:
-            for seed in plan.tuning_seeds:
-                yield own, plan.run(block, replace(own, block=block.name), seed, rate, split="validation")
-
-
-def _chosen(plan: Plan, tuning: Sequence[tuple[Cell, Run]], done: dict[str, Any]) -> dict[Cell, float]:
-    """For each cell the rate that is best on the validation tasks, in the measure of the method's aim."""
-    found: dict[Cell, float] = {}
-    for cell in dict.fromkeys(cell for cell, _ in tuning):
-        if len(plan.learning_rates) == 1:
-            found[cell] = plan.learning_rates[0]
-            continue
-        name, more = TUNED_BY[plan.methods[cell.method].aim]
-        score = {
-            rate: mean(done[run.key]["measures"][name] for c, run in tuning if c == cell and run.learning_rate == rate)
-            for rate in plan.learning_rates
-        }
-        found[cell] = (max if more else min)(score, key=score.__getitem__)
+        if plan.tuned(block, cell):
+            found.setdefault(_tuned(plan, cell), block)
     return found
+
+
+def _tune(plan: Plan, tuning: Mapping[Cell, Block], pool: "_Pool", made: Path) -> dict[Cell, float]:
+    """For each cell the rate that is best on the validation tasks, in the measure of the method's aim.
+
+    A cell whose best rate is the outermost so far tries the next one on the plan's ladder.
+    """
+    scores: dict[Cell, dict[float, float]] = {cell: {} for cell in tuning}
+    asked: dict[Cell, Sequence[float]] = dict.fromkeys(tuning, plan.learning_rates)
+    while asked:
+        runs = {
+            (cell, rate, seed): plan.run(tuning[cell], cell, seed, rate, split="validation")
+            for cell, rates in asked.items()
+            for rate in rates
+            for seed in plan.tuning_seeds
+        }
+        done = pool.all("learning rates", list(runs.values()), made)
+        for cell, rates in asked.items():
+            name, _ = TUNED_BY[plan.methods[cell.method].aim]
+            for rate in rates:
+                found = [done[runs[cell, rate, seed].key]["measures"][name] for seed in plan.tuning_seeds]
+                scores[cell][rate] = mean(found)
+        asked = {cell: beyond for cell in asked if (beyond := next_rates(plan.ladder, scores[cell], _best(plan, cell, scores)))}
+    return {cell: _best(plan, cell, scores) for cell in tuning}
+
+
+def _best(plan: Plan, cell: Cell, scores: Mapping[Cell, Mapping[float, float]]) -> float:
+    _, more = TUNED_BY[plan.methods[cell.method].aim]
+    return (max if more else min)(scores[cell], key=scores[cell].__getitem__)
+
+
+def next_rates(ladder: Sequence[float], tried: Iterable[float], best: float) -> list[float]:
+    """What lies just beyond the best rate, if that is the first or the last of those tried."""
+    tried = sorted(tried)
+    place = ladder.index(best)
+    lower = [ladder[place - 1]] if best == tried[0] and place > 0 else []
+    return lower + ([ladder[place + 1]] if best == tried[-1] and place + 1 < len(ladder) else [])
+
+
+def _rate(plan: Plan, block: Block, cell: Cell, tuned: Mapping[Cell, float]) -> float:
+    if plan.methods[cell.method].untrained:
+        return 0.0
+    if plan.tuned(block, cell):
+        return tuned[_tuned(plan, cell)]
+    return block.learning_rate or plan.learning_rates[0]
 
 
 def _made_first(plan: Plan, cells: Sequence[tuple[Block, Cell]]) -> list[Run]:

@@ -74,8 +74,7 @@ class Results:
 
     def tuned(self, cell: Cell) -> bool:
         """Was its learning rate chosen among several?"""
-        block = next(block for block in self.plan.blocks if block.name == cell.block)
-        return block.learning_rate is None and len(self.plan.learning_rates) > 1
+        return self.plan.tuned(next(block for block in self.plan.blocks if block.name == cell.block), cell)
 
     def acceptance(self, cell: Cell) -> float:
         rates = [run.outcome["training"].get("tar_micro", math.nan) for run in self._runs[cell].values()]
@@ -106,7 +105,7 @@ def markdown(plan: Plan, found: Sequence[Found]) -> str:
 
 def _group(results: Results, cell: Cell, cells: Sequence[Cell]) -> str:
     lines = [f"### {cell.start}, {cell.teacher}, {cell.data}\n"]
-    if results.tuned(cell) and cell.teacher in results.plan.tuned_with:
+    if any(map(results.tuned, cells)) and cell.teacher in results.plan.tuned_with:
         lines.append(f"Learning rates are those for the teacher {results.plan.tuned_with[cell.teacher]}.\n")
     lines += _head(["method", "rate", "TAR"])
     for own in cells:
@@ -154,10 +153,12 @@ def gain_share(results: Results, own: Cell, oracle: Cell, base: Cell, measure: s
 
 
 def _rate(results: Results, cell: Cell) -> str:
-    rate, tried = results.one(cell).learning_rate, results.plan.learning_rates
-    if not results.tuned(cell) or min(tried) < rate < max(tried):
+    rate, ladder = results.one(cell).learning_rate, results.plan.ladder
+    if results.plan.methods[cell.method].untrained:
+        return "–"
+    if not results.tuned(cell) or ladder[0] < rate < ladder[-1]:
         return f"{rate:g}"
-    return f"{rate:g} ({'lowest' if rate == min(tried) else 'highest'})"
+    return f"{rate:g} ({'lowest' if rate == ladder[0] else 'highest'})"
 
 
 def _problems(results: Results, cells: Sequence[Cell], reference: str) -> str:

@@ -58,7 +58,7 @@ def train_and_measure(run: Run, folder: Path) -> dict[str, Any]:
     """`measures` (held out, against the clean teacher), `right` (each task, one character), TAR and seconds of training."""
     student = makers.starting_student(run, folder)
     began = time.process_time()
-    rates = train(student, run, folder)
+    rates = train(student, run, folder) if run.steps else {}
     seconds = time.process_time() - began
     return {**measure(student, run, folder), "training": rates, "seconds": round(seconds, 2)}
 
