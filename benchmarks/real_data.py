@@ -182,7 +182,8 @@ def measured(out: Path, folder: Path) -> dict[str, dict[str, float]]:
     """By source; kept beside the model."""
     path = folder / "measures.json"
     if not path.is_file():
-        found = measure(folder, out / "runs" / "teacher", out / "data", teacher_texts(out / "runs" / "teacher", out / "data"))
+        teacher, data = out / "runs" / "teacher", out / "data"
+        found = measure(folder, teacher, data, teacher_texts(teacher, data, teacher / "texts.json"))
         path.write_text(json.dumps(found, indent=1) + "\n")
     return dict(json.loads(path.read_text()))
 

@@ -1,4 +1,4 @@
-"""What a model of `real_data.py` can do on the held-out texts of each source, by the tasks of `speckd evaluate`."""
+"""What a model of `real_data.py` or `real_text.py` can do on held-out texts, by the tasks of `speckd evaluate`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -46,16 +46,19 @@ ANSWERS = {
 OF_TEXT = ("nll", "kl", "agreement", "alpha")
 
 
-def measure(model: Path, teacher: Path, data: Path, texts: Mapping[str, Sequence[Text]]) -> dict[str, dict[str, float]]:
+def measure(
+    model: Path, teacher: Path, data: Path, texts: Mapping[str, Sequence[Text]], sources: Mapping[str, Answers] = ANSWERS
+) -> dict[str, dict[str, float]]:
     """By source: `nll`, `kl`, `agreement`, `alpha` a held-out token; `tau`; `answers`, by the metric in `ANSWERS`, and `asked`,
     how many answers that divides by.
 
     Args:
+        data: folder with SOURCE.jsonl, `prompt` and `completion` a row.
         texts: of `teacher_texts`.
     """
     options = Options(model_name_or_path=str(model), teacher_model_name_or_path=str(teacher), device="cpu")
     models, found = Models.of(options), {}
-    for source, how in ANSWERS.items():
+    for source, how in sources.items():
         # The prompts are those of training, not the ones that the tasks know for such rows.
         common = {"data": str(data / f"{source}.jsonl"), "prompt_template": "{prompt}", "reference_column": "completion"}
         text = TaskOptions(kind="likelihood", **common)
@@ -81,19 +84,18 @@ def _task(name: str, task: TaskOptions, options: Options, models: Models, metric
 
 
 @cache
-def teacher_texts(teacher: Path, data: Path) -> dict[str, list[Text]]:
-    """The teacher's greedy continuations of each source's first prompts; kept beside the teacher."""
-    path = teacher / "texts.json"
+def teacher_texts(teacher: Path, data: Path, path: Path, sources: tuple[str, ...] = tuple(ANSWERS)) -> dict[str, list[Text]]:
+    """The teacher's greedy continuations of each source's first prompts; kept in `path`."""
     if not path.is_file():
-        path.write_text(json.dumps(_written(teacher, data)) + "\n")
+        path.write_text(json.dumps(_written(teacher, data, sources)) + "\n")
     return {source: [(ids, count) for ids, count in texts] for source, texts in json.loads(path.read_text()).items()}
 
 
-def _written(teacher: Path, data: Path) -> dict[str, list[Text]]:
+def _written(teacher: Path, data: Path, sources: Sequence[str]) -> dict[str, list[Text]]:
     models = Models.of(Options(model_name_or_path=str(teacher), device="cpu"))
     writer = ModelWriter(models.model, sorted(models.rendering.stops), positions=positions(models.model))
     greedy, found = Sampling(temperature=0.0, max_completion_length=DRAFTED_TOKENS), {}
-    for source in ANSWERS:
+    for source in sources:
         lines = (data / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:DRAFTED_PROMPTS]
         prompts = [models.rendering.prompt_ids({"prompt": json.loads(line)["prompt"]}) for line in lines]
         written = writer.write([Prompt(torch.tensor(ids), place) for place, ids in enumerate(prompts)], greedy, Draws(0, 0))

@@ -3,11 +3,12 @@
     python benchmarks/real_text.py --teacher ../shared/models/stories260K --data ../shared/data/tinystories --out runs/real-text
 
 Each run is `speckd train` itself, in a process of its own. A run that has finished is not run again, so a killed benchmark goes
-on where it stopped. Prints and writes one table (held-out, mean and spread over seeds) and two pictures.
+on where it stopped. Prints and writes tables (held-out, mean and spread over seeds) and a picture of TAR.
 """
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-from speckd.quickstart.report import half_interval
+from real_measures import Answers, measure, teacher_texts
+from speckd.bench.statistics import paired
 
 METHODS = {
     "SFT": ["--recipe", "sft"],
@@ -34,7 +36,12 @@ METHODS = {
 #: Those that reject nothing.
 GATELESS = ("SFT", "ungated", "hybrid LK")
 TEACHERS = {"clean": 0.0, "25 % scrambled": 0.25}
-MEASURES = {"nll": "NLL", "kl": "KL", "agreement": "agreement", "alpha": "α", "tar": "TAR"}
+MEASURES = {
+    "nll": "NLL", "kl": "KL", "agreement": "agreement", "alpha": "α", "tar": "TAR", "tau": "τ", "rouge_l": "ROUGE-L"
+}  # fmt: skip
+#: Stories go on from their first words: τ along the teacher's own greedy text, ROUGE-L of the student's against the story's.
+STORIES = {"TinyStories": Answers("rouge", "rouge_l", 60, 40)}
+PROMPT_WORDS, COMPLETION_WORDS = 20, 40
 PROMPT = "Once upon a time, there was a little dog named Max. One day,"
 
 
@@ -112,8 +119,31 @@ def sample(folder: Path, tokens: int = 60) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def write_stories(data: Path, out: Path) -> None:
+    """The dev stories, cut in two: what is given, and what it goes on with."""
+    lines = []
+    for line in (data / "dev.jsonl").read_text(encoding="utf-8").splitlines():
+        words = json.loads(line)["text"].split(" ")
+        if len(words) >= PROMPT_WORDS + COMPLETION_WORDS:
+            given, rest = words[:PROMPT_WORDS], words[PROMPT_WORDS : PROMPT_WORDS + COMPLETION_WORDS]
+            lines.append(json.dumps({"prompt": " ".join(given), "completion": " " + " ".join(rest)}))
+    (out / "TinyStories.jsonl").write_text("\n".join(lines[:100]) + "\n", encoding="utf-8")
+
+
+def measure_stories(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """`tau` and `rouge_l` of a model; kept beside it."""
+    path = folder / "measures.json"
+    if not path.is_file():
+        texts = teacher_texts(args.teacher, args.out, args.out / "teacher-texts.json", tuple(STORIES))
+        found = measure(folder, args.teacher, args.out, texts, STORIES)["TinyStories"]
+        path.write_text(json.dumps({"tau": found["tau"], "rouge_l": found["answers"], "asked": found["asked"]}) + "\n")
+    return dict(json.loads(path.read_text()))
+
+
 def finals(out: Path, run: Run) -> dict[str, float]:
-    return json.loads((run.folder(out) / "results.json").read_text())["end"]
+    folder = run.folder(out)
+    end: dict[str, float] = json.loads((folder / "results.json").read_text())["end"]
+    return end | json.loads((folder / "measures.json").read_text())
 
 
 def spread(values: list[float]) -> str:
@@ -132,23 +162,24 @@ def table(out: Path, seeds: list[int]) -> str:
 
 def difference(out: Path, seeds: list[int], run: tuple[str, str], base: tuple[str, str], measure: str) -> str:
     """Mean over seeds of run − base, paired by seed, with a 95 % t-interval."""
-    gaps = [finals(out, Run(*run, seed))[measure] - finals(out, Run(*base, seed))[measure] for seed in seeds]
-    mean = statistics.mean(gaps)
-    half = half_interval(gaps)
-    return f"{mean:+.3f}" if half is None else f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    ours, theirs = ({seed: finals(out, Run(*cell, seed))[measure] for seed in seeds} for cell in (run, base))
+    gap = paired(ours, theirs)
+    return f"{gap.mean:+.3f}" if math.isnan(gap.low) else f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 def differences(out: Path, seeds: list[int]) -> str:
     columns = [
-        (t, base, measure) for t in TEACHERS for base, measure in (("ungated", "nll"), ("SFT", "nll"), ("ungated", "alpha"))
+        (t, base, name)
+        for t in TEACHERS
+        for base, name in (("ungated", "nll"), ("SFT", "nll"), ("ungated", "alpha"), ("ungated", "tau"))
     ]
-    head = [f"{t}: {MEASURES[measure]} − that of {base}" for t, base, measure in columns]
+    head = [f"{t}: {MEASURES[name]} − that of {base}" for t, base, name in columns]
     lines = ["| method | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for method in [m for m in METHODS if m not in ("SFT", "ungated")]:
         cells = []
-        for teacher, base, measure in columns:
+        for teacher, base, name in columns:
             other = (base, "clean" if base == "SFT" else teacher)
-            cells.append(difference(out, seeds, (method, teacher), other, measure))
+            cells.append(difference(out, seeds, (method, teacher), other, name))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -189,6 +220,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    write_stories(args.data, args.out)
     for seed in args.seeds:
         fresh, start = args.out / f"fresh-seed{seed}", args.out / f"start-seed{seed}"
         size = fresh_student(args.teacher, fresh, seed)
@@ -196,7 +228,9 @@ def main() -> None:
         train(args, fresh, start, seed, args.start_steps, METHODS["SFT"])
         for method, teacher in _cells():
             scrambled = ["--scrambled_teacher_fraction", str(TEACHERS[teacher])]
-            train(args, start, Run(method, teacher, seed).folder(args.out), seed, args.steps, METHODS[method] + scrambled)
+            folder = Run(method, teacher, seed).folder(args.out)
+            train(args, start, folder, seed, args.steps, METHODS[method] + scrambled)
+            measure_stories(args, folder)
     first = args.seeds[0]
     lines = [table(args.out, args.seeds), "", differences(args.out, args.seeds), ""]
     lines += [f"n = {len(args.seeds)} seeds (± standard deviation); the teacher's own NLL on the same tokens: "]
