@@ -176,7 +176,7 @@ def bench(
 ) -> None:
     """Compare methods, teachers, starts and data by seeds, from one file, with paired statistics."""
     _say_to_people()
-    from speckd.bench.plan import plan_text
+    from speckd.bench.reading import plan_text
 
     if show:
         typer.echo(plan_text(plan))

@@ -4,13 +4,12 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
 from trl import ModelConfig, get_quantization_config
 
@@ -19,6 +18,7 @@ from speckd.config import options_key_of
 from speckd.errors import ConfigError
 from speckd.recipe_book import DEFAULT_RECIPE, recipe_settings, spoken_of
 from speckd.sequence_config import OF_SOURCES, OWN_WRITER
+from speckd.strict_yaml import read_yaml
 
 #: Of a file, what a recipe among the flags replaces even where it does not speak of it.
 _CHOSEN_BY_RECIPES = spoken_of(("gate", "rejected", "label_loss_weight"))
@@ -181,48 +181,6 @@ def _default(field: dataclasses.Field) -> str:
     return (
         "" if field.default in (dataclasses.MISSING, None) else f" [default: {getattr(field.default, 'value', field.default)}]"
     )
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, which YAML itself would settle silently."""
-
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if not isinstance(key, Hashable):
-            raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key_node.start_mark)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node)
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a file.
-
-    Raises:
-        ConfigError: there is none, or it is no mapping, naming the line.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file", "Check --config")
-    try:
-        values = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = f"{path}:{line + 1}" if line is not None else str(path)
-        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or 'not readable as YAML'}", "Correct the YAML") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deep", "Write one setting a line") from None
-    if values is None:
-        raise ConfigError(f"{path}: the file is empty", "Write one setting a line, such as 'learning_rate: 1e-4'")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a list of 'key: value' lines", "Write one setting a line")
-    return {str(key): value for key, value in values.items()}
 
 
 def read_flags(flags: list[str], kinds: Mapping[str, Any]) -> dict[str, Any]:

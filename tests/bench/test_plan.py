@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from speckd.bench.plan import Plan, Run, Teacher, World, plan_of, plan_text, profiles, read_plan
+from speckd.bench.plan import Plan, Run, Teacher, World
+from speckd.bench.reading import plan_of, plan_text, profiles, read_plan
 from speckd.bench.worker import objective_of
 from speckd.errors import ConfigError
 
@@ -114,6 +115,10 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("teachers/clean", {"trained": {"steps": 3, "label_noise": 2}}, "label_noise is 2"),
         ("teachers/clean", {"trained": {"steps": 3, "families": "math"}}, "families is 'math'"),
         ("methods/SFT", {"oracle": "yes"}, "oracle is 'yes'"),
+        ("methods/SFT", {"untrained": 1}, "untrained is 1"),
+        ("methods/SFT", {"untrained": True, "gate": "none"}, "methods: SFT: it is untrained and has settings"),
+        ("rates_beyond", -1, "rates_beyond is -1"),
+        ("rates_beyond", "many", "rates_beyond is 'many'"),
         ("tuned_with", ["clean"], "tuned_with is ['clean']"),
         ("blocks/0/budget", "money", "budget is 'money'"),
         ("blocks/1/name", "headline", "two have the same name"),
@@ -125,6 +130,26 @@ def test_a_wrong_plan_is_refused_in_one_line(path: str, value: Any, said: str) -
     with pytest.raises(ConfigError) as caught:
         plan_of(broken(path, value))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("starts: {warm: 4}\nteachers: {clean: {}}\nstarts: {warm: 5}\n")
+    with pytest.raises(ConfigError, match=r"plan.yaml:3: key 'starts' is given twice"):
+        read_plan(path)
+
+
+def test_rates_beyond_go_on_in_the_steps_of_either_end() -> None:
+    plan = plan_of(broken("learning_rates", [4e-3, 1e-3, 2e-3]) | {"rates_beyond": 2})
+    assert plan.ladder == pytest.approx((2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2))
+    with pytest.raises(ConfigError, match="rates_beyond: one learning rate"):
+        plan_of(broken("learning_rates", [1e-3]) | {"rates_beyond": 1})
+
+
+def test_who_is_not_trained_is_run_once_a_start_and_tuned_nowhere() -> None:
+    plan = plan_of(broken("methods/start", {"untrained": True}) | {"blocks": [{**small()["blocks"][0], "methods": ["start"]}]})
+    ((block, cell),) = plan.cells()
+    assert plan.run(block, cell, 0, 0.0).steps == 0 and not plan.tuned(block, cell)
 
 
 def test_numbers_may_be_written_as_yaml_reads_them_as_text() -> None:

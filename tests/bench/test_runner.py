@@ -17,11 +17,12 @@ from rich.console import Console
 from speckd.bench import makers, worker
 from speckd.bench.oracle import Oracle
 from speckd.bench.pictures import draw_all
-from speckd.bench.plan import Method, Run, Shape, Teacher, TrainedOn, World, plan_of, read_plan
-from speckd.bench.runner import Found, _made_first, _Pool, run_all
+from speckd.bench.plan import Method, Run, Shape, Teacher, TrainedOn, World
+from speckd.bench.reading import plan_of, read_plan
+from speckd.bench.runner import Found, Outcome, _made_first, _Pool, next_rates, run_all
 from speckd.bench.tables import MEASURES, Results, markdown
 from speckd.cli import main
-from speckd.errors import ConfigError
+from speckd.errors import ConfigError, SpeckdError
 from speckd.quickstart.data import collate
 from speckd.teachers import ScrambledTeacher
 
@@ -118,7 +119,7 @@ def test_the_tables_say_what_the_runs_say() -> None:
     assert [c.method for c in first] == [c.method for c in second] == ["SFT", "ungated", "trust"]
     gap = results.against(first, "ungated", "nll")["trust"]
     assert gap.mean == pytest.approx(0.1) and gap.verdict(False) == "worse" and gap.verdict(True) == "better"
-    text = markdown(plan, found)
+    text = markdown(plan, Outcome(found, []))
     assert "| trust | 4 / 0 / 2 | 4 / 0 / 2 | 0 / 0 / 4 | 0 / 0 / 4 |" in text  # NLL and ECE worse, accuracy better; two cells
     assert "**+0.100** [+0.100, +0.100]*" in text
     assert "trust [+0.000, +0.600]" in text
@@ -133,7 +134,7 @@ def test_the_tables_say_where_a_rate_comes_from_and_claim_nothing_of_one_seed() 
         Found(cell, 0, block.learning_rate or rates[cell.method], 2, outcome(0.5 + (cell.method == "trust"), "1"))
         for block, cell in plan.cells()
     ]
-    tuned, fixed = markdown(plan, found).split("## fixed")
+    tuned, fixed = markdown(plan, Outcome(found, [])).split("## fixed")
     assert "| SFT | 0.001 (lowest) |" in tuned and "| ungated | 0.0015 |" in tuned and "| trust | 0.004 (highest) |" in tuned
     assert "half, dataset\n\nLearning rates are those for the teacher clean." in tuned
     assert "Learning rate 0.003 for all, not tuned." in fixed and "| trust | 0.003 |" in fixed and "those for" not in fixed
@@ -154,6 +155,72 @@ def test_doses_on_different_texts_are_curves_of_their_own(tmp_path: Path, monkey
     assert all(x == pytest.approx([0, 25, 50], abs=2) for x in curves)  # side by side at each dose
 
 
+def test_a_best_rate_at_an_edge_is_gone_beyond_of() -> None:
+    ladder = (1.0, 2.0, 4.0, 8.0, 16.0)
+    assert next_rates(ladder, [4.0, 2.0], 2.0) == [1.0] and next_rates(ladder, [2.0, 4.0], 4.0) == [8.0]
+    assert next_rates(ladder, [2.0, 4.0, 8.0], 4.0) == [] and next_rates(ladder, [1.0, 2.0], 1.0) == []
+    assert next_rates(ladder, [4.0, 8.0, 16.0], 16.0) == [] and next_rates(ladder, [4.0], 4.0) == [2.0, 8.0]
+
+
+def test_tuning_goes_on_while_the_outermost_rate_is_the_best_and_the_start_is_measured_as_it_is(tmp_path: Path) -> None:
+    methods = {"SFT": {"label_loss_weight": 1}, "not trained": {"untrained": True}}
+    block = {**PLAN["blocks"][0], "methods": list(methods), "teachers": ["clean"], "seeds": 1}
+    content = {**PLAN, "methods": methods, "references": ["SFT"], "learning_rates": [1e-5, 2e-5], "rates_beyond": 2}
+    plan = plan_of({**content, "blocks": [block]})
+    outcome_of = run_all(plan, tmp_path, 1, Console(quiet=True))
+    trained, start = outcome_of.found
+    assert trained.learning_rate == plan.ladder[-1] == 8e-5  # two steps of so little: the more the better
+    tried = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("[0-9a-f]*.json")]
+    assert sum("right" not in one for one in tried) == 4  # 1e-5 to 8e-5, and not those below
+    world = World(**{**WORLD, "student": Shape(8, 1, 1)})
+    student = makers.starting_student(Run(world, 0, 2), tmp_path / "made")
+    assert worker.measure(student, Run(world, 0, 2), tmp_path / "made")["measures"] == start.outcome["measures"]
+    assert start.steps == 0 and "| not trained | – | – |" in markdown(plan, outcome_of)
+
+
+def test_a_run_that_fails_is_missed_aloud_and_blocks_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from speckd.bench import runner
+    from speckd.bench.command import bench
+
+    calls: list[str] = []
+
+    def some(pool: _Pool, stage: str, runs: Any, made: Path) -> Any:
+        calls.append(stage)
+        done = {run.key: outcome(0.5, "1") for run in runs if not (run.seed == 1 and "gate" in run.method.settings)}
+        return done, ["ungated, seed 1: RuntimeError: no"] if stage == "runs" else []
+
+    monkeypatch.setattr(_Pool, "some", some)
+    monkeypatch.setattr(runner, "_starts", lambda runs: [])
+    monkeypatch.setattr(runner, "_made_first", lambda plan, cells: [])
+    monkeypatch.setattr(_Pool, "all", lambda pool, stage, runs, made: {})
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump(PLAN))
+    with pytest.raises(SpeckdError, match=r"1 runs failed and are missing there, first ungated, seed 1"):
+        bench(plan, tmp_path / "out", 1)
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert "**Incomplete**: 1 runs failed and are missing: ungated, seed 1: RuntimeError: no." in text
+    assert len(outcomes(tmp_path / "out")) == 6 and calls == ["runs"]  # SFT twice, the others' seed 0 with two teachers
+
+
+def test_a_method_may_have_a_bar_in_its_name_and_a_small_difference_of_alpha_is_seen() -> None:
+    methods = {"SFT": {"label_loss_weight": 1}, "a | b": {"gate": "none"}}
+    plan = plan_of(
+        {
+            **PLAN,
+            "methods": methods,
+            "references": ["SFT"],
+            "blocks": [{**PLAN["blocks"][0], "methods": list(methods), "teachers": ["clean"]}],
+        }
+    )
+    found = [Found(c, s, 2e-3, 2, outcome(0.5 + 0.0002 * (c.method != "SFT"), "1")) for _, c in plan.cells() for s in range(2)]
+    text = markdown(plan, Outcome(found, []))
+    rows = [line for line in text.splitlines() if line.startswith("| a ")]
+    assert len(rows) == 3 and all(row.startswith("| a \\| b |") for row in rows)
+    assert "**+0.0002** [+0.0002, +0.0002]*" in text
+
+
 def test_a_share_of_the_oracles_gain() -> None:
     plan = plan_of({**PLAN, "methods": {**PLAN["methods"], "oracle": {"gate": "none", "rejected": "mask", "oracle": True}},
                     "blocks": [{**PLAN["blocks"][0], "methods": ["SFT", "ungated", "trust", "oracle"]}]})  # fmt: skip
@@ -163,7 +230,7 @@ def test_a_share_of_the_oracles_gain() -> None:
         for seed in range(2):
             nll = value[c.method] - (0.1 * seed if c.method == "trust" else 0)
             found.append(Found(c, seed, 2e-3, 2, outcome(nll, "1")))
-    text = markdown(plan, found)
+    text = markdown(plan, Outcome(found, []))
     assert "trust: NLL 88 % (75 to 100)" in text and "SFT: NLL -25 % (-25 to -25)" in text
     assert text.count("Share of the oracle") == 1  # where the teacher is scrambled
 

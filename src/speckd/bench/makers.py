@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,8 @@ def teacher_texts(world: World, split: str, folder: Path) -> list[list[int]]:
 
 
 def start_path(run: Run, folder: Path) -> Path:
-    return folder / f"start-{of_bytes([f'{run.world}/{run.seed}/{run.start_steps}'.encode()])[:16]}"
+    known = f"{version('speckd')}/{run.world}/{run.seed}/{run.start_steps}"
+    return folder / f"start-{of_bytes([known.encode()])[:16]}"
 
 
 def starting_student(run: Run, folder: Path) -> Any:
@@ -260,7 +262,7 @@ def starting_student(run: Run, folder: Path) -> Any:
 
 
 def _name(world: World, teacher: Teacher, what: str) -> str:
-    return of_bytes([f"{world}/{teacher.base}/{what}".encode()])[:16]
+    return of_bytes([f"{version('speckd')}/{world}/{teacher.base}/{what}".encode()])[:16]
 
 
 def _temporary(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Dose and response, and the front between the two aims."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -22,7 +23,7 @@ def draw_all(plan: Plan, found: Sequence[Found], folder: Path) -> None:
     results = Results(plan, found)
     for block in plan.blocks:
         doses = {name: plan.teachers[name].scrambled for name in block.teachers if _only_scrambled(plan, name)}
-        if len(set(doses.values())) > 2:
+        if len(set(doses.values())) > 2 and any(cell.block == block.name for cell, _ in results.groups()):
             _draw_doses(results, block, doses, folder / f"dose-{_file(block.name)}.png")
         _draw_front(results, block, folder / f"front-{_file(block.name)}.png")
 
@@ -86,7 +87,7 @@ def _draw_curves(
         if not points:
             continue
         x, y, half = zip(*points, strict=True)
-        sizes += [abs(v) for v in y]
+        sizes += [abs(v) for v in y if not math.isnan(v)]
         shifted = [100 * v + 0.7 * (place - len(methods) / 2) for v in x]
         axis.errorbar(shifted, y, yerr=half, capsize=2, linewidth=1, markersize=4, **_style(methods, method))
     name, more = MEASURES[measure]
@@ -105,8 +106,8 @@ def _has(cells: Sequence[Cell], method: str) -> bool:
 def _gap(results: Results, cells: Sequence[Cell], method: str, base: str | None, measure: str) -> tuple[float, float]:
     """The method's mean and half of its interval: of the paired difference where there is something to subtract."""
     if base is not None and _has(cells, base):
-        found = results.against(cells, base, measure)[method]
-        return found.mean, found.high - found.mean
+        found = results.against(cells, base, measure).get(method)
+        return (math.nan, math.nan) if found is None else (found.mean, found.high - found.mean)
     own = next(cell for cell in cells if cell.method == method)
     return interval(list(results.values(own, measure).values()))
 
@@ -116,6 +117,8 @@ def _draw_front(results: Results, block: Block, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     groups = [(cell, cells) for cell, cells in results.groups() if cell.block == block.name]
+    if not groups:  # every run failed
+        return
     methods = [name for name in results.plan.methods if any(_has(cells, name) for _, cells in groups)]
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)

@@ -36,11 +36,19 @@ class Found:
     outcome: dict[str, Any]
 
 
-def run_all(plan: Plan, folder: Path, workers: int, console: Console) -> list[Found]:
-    """Everything that the plan asks for, in its order.
+@dataclass(frozen=True)
+class Outcome:
+    """`found`: in the plan's order; `failed`: which runs there are no figures of, and why."""
+
+    found: list[Found]
+    failed: list[str]
+
+
+def run_all(plan: Plan, folder: Path, workers: int, console: Console) -> Outcome:
+    """Everything that the plan asks for.
 
     Raises:
-        SpeckdError: some runs failed; all others are kept.
+        SpeckdError: what runs begin with, or the choice of a learning rate, failed; all else is kept.
     """
     for method in plan.methods.values():
         worker.objective_of(method)  # refuses a wrong setting before anything is trained
@@ -56,8 +64,9 @@ def run_all(plan: Plan, folder: Path, workers: int, console: Console) -> list[Fo
         pool.all("starts", _starts([plan.run(b, c, seed, 0.0) for b, c, seed in seeded]), made)
         rates = _tune(plan, tuning, pool, made)
         wanted = {(c, s): plan.run(b, c, s, _rate(plan, b, c, rates)) for b, c, s in _seeds(cells)}
-        done = pool.all("runs", list(wanted.values()), made)
-    return [Found(cell, seed, run.learning_rate, run.steps, done[run.key]) for (cell, seed), run in wanted.items()]
+        done, failed = pool.some("runs", list(wanted.values()), made)
+    there = [(cell, seed, run) for (cell, seed), run in wanted.items() if run.key in done]
+    return Outcome([Found(cell, seed, run.learning_rate, run.steps, done[run.key]) for cell, seed, run in there], failed)
 
 
 def _require_labels_of_others(plan: Plan) -> None:
@@ -227,11 +236,17 @@ class _Pool:
         self.lock.close()
 
     def all(self, stage: str, runs: Sequence[Run], made: Path) -> dict[str, dict[str, Any]]:
-        """Outcomes by key; those that are there are read.
-
+        """
         Raises:
             SpeckdError: the first failure, after all others have been run.
         """
+        found, failed = self.some(stage, runs, made)
+        if failed:
+            raise SpeckdError(f"{len(failed)} of {stage} failed, first {failed[0]}", "The same command tries them again")
+        return found
+
+    def some(self, stage: str, runs: Sequence[Run], made: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """Outcomes by key, those that are there read and not run; and what failed, in words."""
         paths = {run.key: self.kept / f"{'' if stage in ('runs', 'learning rates') else 'made-'}{run.key}.json" for run in runs}
         missing = {run.key: run for run in runs if not paths[run.key].exists()}
         failed: list[str] = []
@@ -249,11 +264,7 @@ class _Pool:
                         )
                         self.console.print(f"failed: {failed[-1]}", markup=False)
                     progress.advance(bar)
-        if failed:
-            raise SpeckdError(
-                f"{len(failed)} of {len(paths)} {stage} failed, first {failed[0]}", "The same command tries them again"
-            )
-        return {key: json.loads(path.read_text()) for key, path in paths.items()}
+        return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}, failed
 
     def _progress(self) -> Progress:
         columns = (

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from statistics import mean
 
 from speckd.bench.plan import Cell, Plan
-from speckd.bench.runner import Found
+from speckd.bench.runner import Found, Outcome
 from speckd.bench.statistics import Difference, holm, interval, paired, two_level
 
 #: measure -> (its name in the tables, is more better?)
@@ -86,12 +86,15 @@ class Results:
         if base is None:
             return {}
         other = self.values(base, measure)
-        return {c.method: paired(self.values(c, measure), other) for c in cells if c.method != reference}
+        own = {c.method: self.values(c, measure) for c in cells if c.method != reference}
+        return {name: paired(values, other) for name, values in own.items() if values.keys() & other.keys()}
 
 
-def markdown(plan: Plan, found: Sequence[Found]) -> str:
-    results = Results(plan, found)
+def markdown(plan: Plan, outcome: Outcome) -> str:
+    results = Results(plan, outcome.found)
     parts = [LEGEND]
+    if outcome.failed:
+        parts.append(f"**Incomplete**: {len(outcome.failed)} runs failed and are missing: {'; '.join(outcome.failed)}.")
     for block in plan.blocks:
         tally = _tally(results, block.name)
         budget = "steps; who asks no teacher trains for as much compute" if block.budget == "compute" else "steps"
@@ -109,10 +112,10 @@ def _group(results: Results, cell: Cell, cells: Sequence[Cell]) -> str:
         lines.append(f"Learning rates are those for the teacher {results.plan.tuned_with[cell.teacher]}.\n")
     lines += _head(["method", "rate", "TAR"])
     for own in cells:
-        values = [_mean(list(results.values(own, name).values())) for name in MEASURES]
+        values = [_mean(list(results.values(own, name).values()), _digits(name)) for name in MEASURES]
         accepted = results.acceptance(own)
         shown = "–" if math.isnan(accepted) else f"{accepted:.2f}"
-        lines.append(f"| {own.method} | {_rate(results, own)} | {shown} | {' | '.join(values)} |")
+        lines.append(f"| {_escaped(own.method)} | {_rate(results, own)} | {shown} | {' | '.join(values)} |")
     for reference in results.plan.references:
         gaps = {name: results.against(cells, reference, name) for name in MEASURES}
         if not gaps["nll"]:
@@ -120,9 +123,9 @@ def _group(results: Results, cell: Cell, cells: Sequence[Cell]) -> str:
         lines += [f"\nMinus {reference}:\n", *_head(["method"])]
         adjusted = {name: dict(zip(found, holm([d.p for d in found.values()]), strict=True)) for name, found in gaps.items()}
         for own in cells:
-            if own.method != reference:
-                shown_gaps = [_gap(gaps[name][own.method], adjusted[name][own.method]) for name in MEASURES]
-                lines.append(f"| {own.method} | {' | '.join(shown_gaps)} |")
+            if own.method in gaps["nll"]:
+                shown_gaps = [_gap(gaps[name][own.method], adjusted[name][own.method], _digits(name)) for name in MEASURES]
+                lines.append(f"| {_escaped(own.method)} | {' | '.join(shown_gaps)} |")
         lines.append(
             f"\nAccuracy minus {reference}, bootstrap over seeds and problems: {_problems(results, cells, reference)}."
         )
@@ -165,7 +168,7 @@ def _problems(results: Results, cells: Sequence[Cell], reference: str) -> str:
     base = results.right(next(c for c in cells if c.method == reference))
     found = []
     for own in cells:
-        if own.method != reference:
+        if own.method != reference and results.right(own).keys() & base.keys():
             low, high = two_level(results.right(own), base)
             found.append(f"{own.method} [{low:+.3f}, {high:+.3f}]")
     return "; ".join(found)
@@ -176,17 +179,27 @@ def _head(first: list[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
 
 
-def _mean(values: list[float]) -> str:
+def _escaped(name: str) -> str:
+    """A name of the user's in a table's row."""
+    return name.replace("|", "\\|")
+
+
+def _digits(measure: str) -> int:
+    """Of α four: what matters in it is small."""
+    return 4 if measure == "alpha" else 3
+
+
+def _mean(values: list[float], digits: int) -> str:
     centre, half = interval(values)
-    return f"{centre:.3f}" + ("" if math.isnan(half) else f" ±{half:.3f}")
+    return f"{centre:.{digits}f}" + ("" if math.isnan(half) else f" ±{half:.{digits}f}")
 
 
-def _gap(gap: Difference, adjusted: float) -> str:
+def _gap(gap: Difference, adjusted: float, digits: int) -> str:
+    mean = f"{gap.mean:+.{digits}f}"
     if math.isnan(gap.low):
-        return f"{gap.mean:+.3f}"
-    clear = gap.low > 0 or gap.high < 0
-    shown = f"**{gap.mean:+.3f}**" if clear else f"{gap.mean:+.3f}"
-    return f"{shown} [{gap.low:+.3f}, {gap.high:+.3f}]{'*' if adjusted < 0.05 else ''}"
+        return mean
+    shown = f"**{mean}**" if gap.low > 0 or gap.high < 0 else mean
+    return f"{shown} [{gap.low:+.{digits}f}, {gap.high:+.{digits}f}]{'*' if adjusted < 0.05 else ''}"
 
 
 # ---- who is worse anywhere? --------------------------------------------------------------------------------------------------
@@ -201,7 +214,7 @@ def _tally(results: Results, block: str) -> str:
     for method in results.plan.methods:
         own = [cells for cells in groups if any(c.method == method for c in cells)]
         if own:
-            lines.append(f"| {method} | {' | '.join(_count(results, own, method, *column) for column in columns)} |")
+            lines.append(f"| {_escaped(method)} | {' | '.join(_count(results, own, method, *column) for column in columns)} |")
     names = "; ".join(f"{aim}: {', '.join(MEASURES[m][0] for m in own)}" for aim, own in AIM_MEASURES.items())
     said = f"Worse / not told apart / better, over cells and measures ({names}), by the unadjusted 95 % interval"
     return "\n".join([*lines, f"\n{said}; –: there is none, as of one seed."])

@@ -12,7 +12,8 @@ from typing import Any
 
 from speckd.config import nearest
 from speckd.errors import ConfigError
-from speckd.settings import read_flags, read_yaml
+from speckd.settings import read_flags
+from speckd.strict_yaml import read_yaml
 
 
 def _option(default: Any, text: str, least: float = -math.inf, most: float = math.inf) -> Any:
