@@ -125,7 +125,8 @@ def doctor(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="One task by flags: --task math --data rows.jsonl. Two evaluations side by side: --compare OUT_A OUT_B.",
+    epilog="One task by flags: --task math --data rows.jsonl. Two evaluations side by side: --compare OUT_A OUT_B. "
+    "'speckd options --evaluate' lists every setting.",
 )
 def evaluate(
     context: typer.Context,
@@ -212,11 +213,17 @@ def recipes() -> None:
 
 
 @app.command()
-def options(text: Annotated[str, typer.Argument(help="Show only settings that contain this.")] = "") -> None:
-    """List every setting of a training run."""
-    from speckd.settings import all_keys
+def options(
+    text: Annotated[str, typer.Argument(help="Show only settings that contain this.")] = "",
+    evaluating: Annotated[bool, typer.Option("--evaluate", help="Those of 'speckd evaluate' instead.")] = False,
+) -> None:
+    """List every setting of a training run, or of an evaluation."""
+    if evaluating:
+        from speckd.evaluation.options import described as described_keys
+    else:
+        from speckd.settings import all_keys as described_keys
 
-    for key, description in sorted(all_keys().items()):
+    for key, description in sorted(described_keys().items()):
         if text in key:
             typer.echo(f"{key}: {' '.join(description.split())}")
 

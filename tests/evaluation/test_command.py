@@ -1,5 +1,6 @@
 """`speckd evaluate` as a user runs it: what is kept, resumed and refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from speckd.compatibility import shared_vocabulary
 from speckd.evaluate import evaluate as held_out
 from speckd.evaluation import journal
 from speckd.evaluation.compare import compare
+from speckd.evaluation.options import Options, TaskOptions
 from speckd.quickstart.data import collate, encode
 from speckd.tasks import distinct
 from tests.repository.files import PACKAGE, ROOT
@@ -49,9 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(place: Path, output: Path, tasks: dict[str, Any], **more: Any) -> Path:
+    asked = any(task["kind"] in ("likelihood", "draft") for task in tasks.values())
     given = {
         "model_name_or_path": str(place / "student"),
-        "teacher_model_name_or_path": str(place / "teacher"),
+        **({"teacher_model_name_or_path": str(place / "teacher")} if asked else {}),
         "output_dir": str(output),
         "device": "cpu",
         "batch_size": 4,
@@ -400,6 +403,24 @@ def test_what_cannot_be_compared_is_refused(place: Path, whole: Path, capsys: An
     assert error in capsys.readouterr().err
 
 
+def test_a_teacher_whom_no_task_asks_is_not_loaded(place: Path, tmp_path: Path, capsys: Any) -> None:
+    loose = tmp_path / "teacher"
+    loose.mkdir()  # whoever loads it fails
+    path = config(place, tmp_path / "out", {"t": ROUGE | {"limit": 2}}, teacher_model_name_or_path=str(loose))
+    assert main(["evaluate", "--config", str(path)]) == 0
+    assert "No task asks the teacher (kind likelihood or draft): it is not loaded." in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["teacher"] is None
+
+
+def test_every_setting_is_listed(capsys: Any) -> None:
+    assert main(["options", "--evaluate"]) == 0
+    listed = capsys.readouterr().out
+    for known in (Options, TaskOptions):
+        assert all(f"{f.name}: " in listed for f in dataclasses.fields(known) if f.name != "tasks")
+    assert "batch_size: texts side by side [default: 8]" in listed
+    assert "few_shot: of a task: solved examples before each prompt [default: 0]" in listed
+
+
 # ---- refused ---------------------------------------------------------------------------------------------------------------
 
 Change = Callable[[dict[str, Any]], Any]
@@ -441,7 +462,7 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c["tasks"]["t"].update(prompt_words=3), "row 1: no text of more than 3 words"),
         (lambda c: c["tasks"]["t"].update(apply_chat_template=True), "the tokenizer has no chat template. Remove it"),
         (
-            lambda c: (c.pop("teacher_model_name_or_path"), c["tasks"]["t"].update(kind="draft")),
+            lambda c: c["tasks"]["t"].update(kind="draft"),
             "a task of kind draft needs a teacher",
         ),
     ],

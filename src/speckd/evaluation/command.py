@@ -63,6 +63,7 @@ def evaluate(config: Path | None, flags: list[str]) -> Path:
     disable_progress_bars()
     options = load_options(config, flags, {name: kind.options for name, kind in KINDS.items()})
     output = _folder(options)
+    options = _without_idle_teacher(options)
     models = Models.of(options)
     work = [_prepared(name, options.of_task(task), options, models) for name, task in options.tasks]
     plan = as_json(_plan(options, models, work))
@@ -91,6 +92,15 @@ def _alone(output: Path) -> Iterator[None]:
     finally:
         (output / ".lock").unlink(missing_ok=True)
         lock.release()
+
+
+def _without_idle_teacher(options: Options) -> Options:
+    """A teacher whom no task asks would be loaded, and digested, for nothing."""
+    if options.teacher_model_name_or_path is None or any(KINDS[task.kind].asks_teacher for _, task in options.tasks):
+        return options
+    asking = " or ".join(name for name, kind in KINDS.items() if kind.asks_teacher)
+    logger.warning("No task asks the teacher (kind %s): it is not loaded.", asking)
+    return dataclasses.replace(options, teacher_model_name_or_path=None)
 
 
 def _folder(options: Options) -> Path:

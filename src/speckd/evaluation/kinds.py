@@ -18,10 +18,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kind:
-    """`options`: those that a task of this kind hears of; `make`: such a task, from its name and options."""
+    """`options`: those that a task of this kind hears of; `make`: such a task, from its name and options; `asks_teacher`: does
+    it ask one, where there is one?"""
 
     options: frozenset[str]
     make: Callable[[str, TaskOptions, Options], Task]
+    asks_teacher: bool = False
 
 
 def _rouge(name: str, task: TaskOptions, options: Options) -> Task:
@@ -60,6 +62,10 @@ KINDS: dict[str, Kind] = {
     "checks": Kind(ANSWER_OPTIONS - {"reference_column", "few_shot", "few_shot_data"}, _checks),
     "math": Kind(ANSWER_OPTIONS, _math),
     "code": Kind(ANSWER_OPTIONS | {"pass_at"}, _code),
-    "likelihood": Kind(PROMPT_OPTIONS | {"max_length"}, _likelihood),
-    "draft": Kind(PROMPT_OPTIONS | {"max_new_tokens", "max_length", "draft_length", "timed_prompts", "timed_repeats"}, _draft),
+    "likelihood": Kind(PROMPT_OPTIONS | {"max_length"}, _likelihood, asks_teacher=True),
+    "draft": Kind(
+        PROMPT_OPTIONS | {"max_new_tokens", "max_length", "draft_length", "timed_prompts", "timed_repeats"},
+        _draft,
+        asks_teacher=True,
+    ),
 }

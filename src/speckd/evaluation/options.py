@@ -79,6 +79,19 @@ class Options:
 
 _ABOVE = {f.name: f for f in dataclasses.fields(Options) if f.name != "tasks"}
 _OF_A_TASK = {f.name: f for f in dataclasses.fields(TaskOptions)}
+
+
+def described() -> dict[str, str]:
+    """Every setting of an evaluation, with what it does and its default; those of a task say so."""
+    of_tasks = {name: f"of a task: {_described(f)}" for name, f in _OF_A_TASK.items() if name not in _ABOVE}
+    return {name: _described(f) for name, f in _ABOVE.items()} | of_tasks
+
+
+def _described(spec: Any) -> str:
+    unset = spec.default in (None, "", ())
+    return str(spec.metadata["help"]) + ("" if unset else f" [default: {spec.default}]")
+
+
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
