@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from speckd.errors import VocabularyError
 from speckd.evaluation.answers import Answerer
 from speckd.evaluation.drafting import Drafting
 from speckd.evaluation.items import prompt_items, turns
 from speckd.evaluation.kinds import KINDS
+from speckd.evaluation.likelihood import Likelihood
 from speckd.evaluation.models import Models
 from speckd.evaluation.options import Options, TaskOptions
 from speckd.evaluation.rows import Row
@@ -107,3 +109,18 @@ def test_other_ends_are_another_evaluation(tmp_path: Path, chatty: Path) -> None
     after = models(folder)
     was, now = (_who(each.subject, each.tokenizer) for each in (before, after))
     assert was["weights"] == now["weights"] and (was["stops"], now["stops"]) == ([1], [1, 7])
+
+
+@pytest.mark.parametrize("make", [Drafting, lambda *a: Likelihood(*a[:3])])
+def test_a_token_that_the_teacher_lacks_is_refused_before_anything_is_answered(tmp_path: Path, make: Any) -> None:
+    student, teacher = (write_model(tmp_path / name, seed=1) for name in ("student", "teacher"))
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.add_tokens(["quaggy"])
+    tokenizer.save_pretrained(student)
+    own = models(student, teacher)
+    row = Row(3, "add quaggy", " two", {})
+    with pytest.raises(VocabularyError, match=r"tasks: t: row 4: token \d+ \('quaggy'\) is unknown to the teacher"):
+        make("t", TaskOptions(max_new_tokens=4), 0, 1).items([row], own)
+    assert "model" not in own.__dict__  # nothing was loaded for that
+    alone = models(student)
+    assert Likelihood("t", TaskOptions(), 0).items([row], alone)  # whom nobody else reads

@@ -8,7 +8,7 @@ import torch
 
 from speckd.errors import ConfigError
 from speckd.evaluation.decoding import Decoders, timed
-from speckd.evaluation.items import Item, Record, prompt_items, turns
+from speckd.evaluation.items import Item, Record, prompt_items, require_known, turns
 from speckd.evaluation.likelihood import Text, correct_tokens, cut, longest, sequence_sums, whole_item
 from speckd.evaluation.models import Models
 from speckd.evaluation.options import TaskOptions
@@ -52,10 +52,9 @@ class Drafting:
     def items(self, rows: Sequence[Row], models: Models) -> list[Item]:
         """See `Task`."""
         assert models.teacher is not None
-        for row in rows:
-            if row.reference is not None:
-                whole_item(self.name, row, self.options, models)
         found = prompt_items(self.name, rows, self.options, models)
+        whole = [whole_item(self.name, row, self.options, models) for row in rows if row.reference is not None]
+        require_known(self.name, [*found, *whole], models)
         if not self._stops(found, models):
             raise ConfigError("model and teacher end a text with different tokens", "Use models of one family")
         return found

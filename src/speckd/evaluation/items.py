@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from speckd import fingerprints
-from speckd.errors import ConfigError, DataError
+from speckd.errors import ConfigError, DataError, VocabularyError
 from speckd.evaluation.models import Models
 from speckd.evaluation.options import TaskOptions
 from speckd.evaluation.rows import Row
@@ -67,6 +69,24 @@ def prompt_items(name: str, rows: Sequence[Row], task: TaskOptions, models: Mode
             raise DataError(f"tasks: {name}: row {row.number + 1}: the prompt has no token", "Give at least one word")
         found += [Item(row, turn, ids) for turn in range(task.samples)]
     return found
+
+
+def require_known(name: str, items: Sequence[Item], models: Models) -> None:
+    """Refuses a text that the teacher cannot read, before anything is answered.
+
+    Raises:
+        VocabularyError: a token is one that the teacher does not have, naming the row.
+    """
+    if models.known is None:
+        return
+    for item in items:
+        unknown = models.known.unknown(torch.tensor(item.ids))
+        if unknown.numel():
+            token = models.tokenizer.convert_ids_to_tokens(int(unknown[0]))
+            raise VocabularyError(
+                f"tasks: {name}: row {item.row.number + 1}: token {int(unknown[0])} ({token!r}) is unknown to the teacher",
+                "Remove it from the data or the chat template, or use a teacher that has it",
+            )
 
 
 def asked(name: str, row: Row, task: TaskOptions, models: Models) -> Any:

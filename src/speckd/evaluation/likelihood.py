@@ -11,7 +11,7 @@ from torch import Tensor
 from speckd.compatibility import SharedVocabulary
 from speckd.errors import DataError
 from speckd.evaluate import TokenMeasures, token_measures
-from speckd.evaluation.items import Item, Record, asked, said_to_template
+from speckd.evaluation.items import Item, Record, asked, require_known, said_to_template
 from speckd.evaluation.models import Models, positions, width
 from speckd.evaluation.options import TaskOptions
 from speckd.evaluation.rows import Row
@@ -58,7 +58,9 @@ class Likelihood:
 
     def items(self, rows: Sequence[Row], models: Models) -> list[Item]:
         """See `Task`."""
-        return [whole_item(self.name, row, self.options, models) for row in rows]
+        found = [whole_item(self.name, row, self.options, models) for row in rows]
+        require_known(self.name, found, models)
+        return found
 
     def records(self, items: Sequence[Item], models: Models) -> list[Record]:
         """See `Task`."""

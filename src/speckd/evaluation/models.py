@@ -110,13 +110,15 @@ class Named:
 class Models:
     """What the tasks ask: tokens at once, weights when there is something to do.
 
-    `rendering`: how the model's tokenizer makes prompts; `device`: of both.
+    `rendering`: how the model's tokenizer makes prompts; `device`: of both; `known`: the tokens of both tokenizers, where there
+    is a teacher.
     """
 
     subject: Named
     teacher: Named | None
     rendering: Rendering
     device: torch.device
+    known: SharedVocabulary | None = None
 
     @classmethod
     def of(cls, options: Options) -> "Models":
@@ -129,10 +131,10 @@ class Models:
         for one in (subject, teacher):
             if one is not None:
                 one.require()
-        tokenizer = subject.tokenizer
+        tokenizer, known = subject.tokenizer, None
         if teacher is not None:
-            shared_vocabulary(tokenizer, teacher.tokenizer, len(tokenizer), len(teacher.tokenizer))
-        return cls(subject, teacher, Rendering(tokenizer, subject.stops(tokenizer)), _device(options.device))
+            known = shared_vocabulary(tokenizer, teacher.tokenizer, len(tokenizer), len(teacher.tokenizer))
+        return cls(subject, teacher, Rendering(tokenizer, subject.stops(tokenizer)), _device(options.device), known)
 
     @property
     def tokenizer(self) -> Any:
