@@ -24,11 +24,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from speckd.cli import main as speckd
+from speckd.over_seeds import interval
 from speckd.quickstart.compare import STUDENT, TEST_EXAMPLES, measure
 from speckd.quickstart.data import encode
 from speckd.quickstart.evaluation import generate_greedy
 from speckd.quickstart.models import TEACHER, llama, load_teacher, quiet_loading
-from speckd.quickstart.report import half_interval
 from speckd.tasks import distinct
 from speckd.tasks.__main__ import write as write_tasks
 
@@ -208,10 +208,9 @@ def cell(own: dict[int, float]) -> str:
 def gap(gated: dict[int, float], plain: dict[int, float], more_is_better: bool) -> str:
     """Gated − plain, paired by seed, with its 95 % t-interval, and which way that is."""
     gaps = [gated[seed] - plain[seed] for seed in sorted(gated.keys() & plain.keys())]
-    half = half_interval(gaps) if gaps else None
-    if half is None:
+    if len(gaps) < 2:
         return "–"
-    mean = statistics.mean(gaps)
+    mean, half = interval(gaps)
     clear = abs(mean) > half
     word = ("better" if (mean > 0) == more_is_better else "worse") if clear else "="
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] {word}"
@@ -255,7 +254,8 @@ def draw(found: list[dict[str, Any]], recipes: Sequence[str], path: Path) -> Non
             both = [values(found, recipe, gated, name) for gated in (True, False)]
             gaps = [both[0][seed] - both[1][seed] for seed in sorted(both[0].keys() & both[1].keys())]
             if gaps:
-                axis.errorbar(statistics.mean(gaps), place, xerr=half_interval(gaps) or 0, fmt="o", color="tab:blue", capsize=3)
+                mean, half = interval(gaps)
+                axis.errorbar(mean, place, xerr=half, fmt="o", color="tab:blue", capsize=3)
         axis.axvline(0, color="black", linewidth=0.8)
         title, more = MEASURES[name]
         axis.set_title(f"{title}: +SpecKD − plain ({'right' if more else 'left'} is better)", fontsize=9)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from real_measures import ANSWERS
-from speckd.bench.statistics import Difference, holm, interval, paired
+from speckd.over_seeds import Difference, holm, interval, paired
 
 #: measure -> (its name, is more better?)
 MEASURES = {

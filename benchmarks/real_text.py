@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from real_measures import Answers, measure, teacher_texts
-from speckd.bench.statistics import paired
+from speckd.over_seeds import paired
 
 METHODS = {
     "SFT": ["--recipe", "sft"],

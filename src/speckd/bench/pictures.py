@@ -8,8 +8,8 @@ from typing import Any
 
 from speckd.bench.plan import Block, Cell, Plan
 from speckd.bench.runner import Found
-from speckd.bench.statistics import interval
 from speckd.bench.tables import MEASURES, Results
+from speckd.over_seeds import interval
 
 _DOSED = ("nll", "accuracy", "kl", "alpha", "tau")
 _MARKS = "osD^vPX*<>hdp8"

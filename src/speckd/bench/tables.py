@@ -6,7 +6,7 @@ from statistics import mean
 
 from speckd.bench.plan import Cell, Plan
 from speckd.bench.runner import Found, Outcome
-from speckd.bench.statistics import Difference, holm, interval, paired, two_level
+from speckd.over_seeds import Difference, holm, interval, paired, two_level
 
 #: measure -> (its name in the tables, is more better?)
 MEASURES = {

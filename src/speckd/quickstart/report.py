@@ -3,12 +3,13 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from speckd.over_seeds import Difference, paired
 
 COLUMNS = {
     "accuracy": "accuracy",
@@ -20,8 +21,6 @@ COLUMNS = {
     "tau": "τ",
     "tar": "TAR",
 }
-#: 97.5 % quantiles of Student's t for n − 1 degrees of freedom, n = 2, 3, …
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 _LEGEND = (
     "Held-out tasks; mean ± standard deviation over {n} seed{s}. accuracy: mean of three families, programs are run; KL (nats "
     "a token) and agreement: to the clean teacher; τ: tokens per teacher call, student drafting 5; TAR: Top-5 rule for all."
@@ -85,37 +84,17 @@ def rich_table(runs: Results) -> Table:
     return table
 
 
-@dataclass(frozen=True)
-class Change:
-    """A method minus ungated in one measure, paired by seed. `half`: of the 95 % t-interval, None for one seed."""
-
-    mean: float
-    half: float | None
-    more_is_better: bool
-
-    @property
-    def verdict(self) -> str:
-        if self.half is None:
-            return "one seed: no interval"
-        if abs(self.mean) <= self.half:
-            return "not clearly different"
-        return "better" if (self.mean > 0) == self.more_is_better else "worse"
-
-    def __str__(self) -> str:
-        interval = "" if self.half is None else f" [{self.mean - self.half:+.3f}, {self.mean + self.half:+.3f}]"
-        return f"{self.mean:+.3f}{interval} ({self.verdict})"
+def change(runs: Results, method: str, teacher: str, measure: str) -> Difference:
+    """A method minus ungated, paired by seed."""
+    own, other = (dict(enumerate(_values(runs, name, teacher, measure))) for name in (method, "ungated"))
+    return paired(own, other)
 
 
-def half_interval(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % t-interval of their mean; None for a single value."""
-    n = len(values)
-    return _T[min(n - 2, len(_T) - 1)] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
-
-
-def change(runs: Results, method: str, teacher: str, measure: str) -> Change:
-    pairs = zip(_values(runs, method, teacher, measure), _values(runs, "ungated", teacher, measure), strict=True)
-    gaps = [own - other for own, other in pairs]
-    return Change(statistics.mean(gaps), half_interval(gaps), measure != "kl")
+def _said(gap: Difference, more_is_better: bool) -> str:
+    if math.isnan(gap.low):
+        return f"{gap.mean:+.3f} (one seed: no interval)"
+    verdict = gap.verdict(more_is_better)
+    return f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] ({'not clearly different' if verdict == '=' else verdict})"
 
 
 def sentence(runs: Results) -> str:
@@ -126,7 +105,8 @@ def sentence(runs: Results) -> str:
         said = []
         for text, name in methods.items():
             method = next(m for m, _ in _cells(runs) if name in m)
-            kl, accuracy = (change(runs, method, teacher, measure) for measure in ("kl", "accuracy"))
+            kl = _said(change(runs, method, teacher, "kl"), more_is_better=False)
+            accuracy = _said(change(runs, method, teacher, "accuracy"), more_is_better=True)
             said.append(f"{text} changed KL to the clean teacher by {kl} and accuracy by {accuracy}")
         parts.append(f"with the {teacher} teacher {', and '.join(said)}")
     return (

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from speckd.bench.pictures import front_of
-from speckd.bench.statistics import Difference, holm, interval, paired, two_level
+from speckd.over_seeds import Difference, holm, interval, paired, two_level
 
 
 def test_the_paired_interval_and_its_p_are_those_of_scipy() -> None:
