@@ -178,6 +178,15 @@ def test_tuning_goes_on_while_the_outermost_rate_is_the_best_and_the_start_is_me
     assert start.steps == 0 and "| not trained | – | – |" in markdown(plan, outcome_of)
 
 
+def test_progress_is_also_seen_in_a_file(tmp_path: Path) -> None:
+    with (tmp_path / "log.txt").open("w") as file, _Pool(tmp_path / "out", 1, Console(file=file, width=200)) as pool:
+        for done in range(11, 101):
+            pool._say("runs", done, 100, 10, time.monotonic() - 60 * (done - 10))
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(lines) == 18 and lines[0] == "runs: 15 of 100, about 85 min left"
+    assert lines[-1] == "runs: 100 of 100, about 0 min left"
+
+
 def test_a_run_that_fails_is_missed_aloud_and_blocks_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

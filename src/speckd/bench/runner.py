@@ -206,6 +206,10 @@ def _keep(path: Path, outcome: dict[str, Any]) -> None:
 # ---- the parent --------------------------------------------------------------------------------------------------------------
 
 
+#: That a stage says, where it has no bar.
+_LINES = 20
+
+
 class _Pool:
     """Worker processes, and the folder in which each run's outcome is kept under its key."""
 
@@ -250,8 +254,9 @@ class _Pool:
         paths = {run.key: self.kept / f"{'' if stage in ('runs', 'learning rates') else 'made-'}{run.key}.json" for run in runs}
         missing = {run.key: run for run in runs if not paths[run.key].exists()}
         failed: list[str] = []
+        began, had = time.monotonic(), len(paths) - len(missing)
         with self._progress() as progress:
-            bar = progress.add_task(stage, total=len(paths), completed=len(paths) - len(missing))
+            bar = progress.add_task(stage, total=len(paths), completed=had)
             waiting = {self.pool.submit(_work, stage, run, made, paths[key]): run for key, run in missing.items()}
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -264,7 +269,15 @@ class _Pool:
                         )
                         self.console.print(f"failed: {failed[-1]}", markup=False)
                     progress.advance(bar)
+                    self._say(stage, len(paths) - len(waiting), len(paths), had, began)
         return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}, failed
+
+    def _say(self, stage: str, done: int, of: int, had: int, began: float) -> None:
+        """Where no bar is seen, such as in a file: a line now and then."""
+        if self.console.is_terminal or done * _LINES // of == (done - 1) * _LINES // of:
+            return
+        left = (time.monotonic() - began) / (done - had) * (of - done)
+        self.console.print(f"{stage}: {done} of {of}, about {left / 60:.0f} min left")
 
     def _progress(self) -> Progress:
         columns = (
