@@ -65,7 +65,7 @@ def _draw_doses(results: Results, block: Block, doses: dict[str, float], path: P
             _draw_curves(axis, results, block.methods, base, measure, own)
         line[0].set_ylabel("start: {}, {}".format(*kind))
     for axis in axes[-1]:
-        axis.set_xlabel("teacher scrambled at … % of positions")
+        axis.set_xlabel("% of positions scrambled")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8)
     figure.savefig(path, dpi=110)
