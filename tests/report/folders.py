@@ -174,7 +174,7 @@ def write_evaluation(folder: Path, change: Change = as_is, right: int = 4) -> Pa
 
 def write_bench(folder: Path, change: Change = as_is) -> Path:
     (folder / "runs").mkdir(parents=True)
-    (folder / "runs" / "ab.json").write_text("{}")
+    (folder / "runs" / f"{'ab' * 10}.json").write_text("{}")
     cell = {"block": change("dose"), "start": "warm", "teacher": "clean", "data": "data", "method": change("speckd")}
     _lines(folder / "results.jsonl", [{"cell": cell, "seed": s, "seconds": 90.0, "measures": {"nll": 2.0}} for s in (0, 1)])
     name = change("method").replace("\n", " ").replace("\r", " ").replace("|", "\\|")

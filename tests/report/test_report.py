@@ -158,6 +158,9 @@ def test_what_is_still_going_on_is_said(tmp_path: Path, capsys) -> None:
     assert "This benchmark has not finished" in text_of(tmp_path / "out" / PAGE)
     (tmp_path / "runs" / "run-1").mkdir(parents=True)
     assert "no training_log.jsonl" in refused(capsys, tmp_path, "--output_dir", tmp_path / "out"), "a folder of runs is none"
+    (tmp_path / "runs" / "run-1").rmdir()
+    (tmp_path / "runs" / "notes.txt").write_text("mine")
+    assert "no training_log.jsonl" in refused(capsys, tmp_path, "--output_dir", tmp_path / "out")
 
 
 def test_runs_are_grouped_by_all_but_their_seeds(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from speckd.bench.plan import Block, Cell, Plan
+from speckd.bench.plan import Block, Cell, Plan, file_name
 from speckd.bench.runner import Found
 from speckd.bench.tables import MEASURES, Results
 from speckd.over_seeds import interval
@@ -21,20 +21,21 @@ def draw_all(plan: Plan, found: Sequence[Found], folder: Path) -> None:
 
     matplotlib.use("Agg")
     results = Results(plan, found)
+    with matplotlib.rc_context({"text.parse_math": False}):  # names are the user's
+        _draw_blocks(plan, results, folder)
+
+
+def _draw_blocks(plan: Plan, results: Results, folder: Path) -> None:
     for block in plan.blocks:
         doses = {name: plan.teachers[name].scrambled for name in block.teachers if _only_scrambled(plan, name)}
         if len(set(doses.values())) > 2 and any(cell.block == block.name for cell, _ in results.groups()):
-            _draw_doses(results, block, doses, folder / f"dose-{_file(block.name)}.png")
-        _draw_front(results, block, folder / f"front-{_file(block.name)}.png")
+            _draw_doses(results, block, doses, folder / f"dose-{file_name(block.name)}.png")
+        _draw_front(results, block, folder / f"front-{file_name(block.name)}.png")
 
 
 def _only_scrambled(plan: Plan, name: str) -> bool:
     teacher = plan.teachers[name]
     return teacher.base == type(teacher)() and teacher.top_k is None
-
-
-def _file(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
 
 
 def _style(methods: Sequence[str], method: str) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def _style(methods: Sequence[str], method: str) -> dict[str, Any]:
     return {
         "color": plt.colormaps["tab20"]((2 * place + 2 * place // 20) % 20),
         "marker": _MARKS[place % len(_MARKS)],
-        "label": method,
+        "label": f" {method}" if method.startswith("_") else method,  # which Matplotlib would leave out of the legend
     }
 
 

@@ -220,6 +220,11 @@ class Plan:
         )
 
 
+def file_name(block: str) -> str:
+    """What a block's pictures are called by."""
+    return "".join(c if c.isalnum() else "-" for c in block).strip("-")
+
+
 #: The shipped teacher's shape.
 SHIPPED = Shape(144, 4, 6)
 

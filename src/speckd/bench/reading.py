@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from speckd.bench.plan import AIMS, DATA, Block, Method, Plan, Shape, Teacher, TrainedOn, World
+from speckd.bench.plan import AIMS, DATA, Block, Method, Plan, Shape, Teacher, TrainedOn, World, file_name
 from speckd.config import nearest
 from speckd.errors import ConfigError
 from speckd.strict_yaml import yaml_of
@@ -52,9 +52,9 @@ def plan_of(content: Mapping[str, Any]) -> Plan:
     world = _world(_mapping("world", content.get("world", {})))
     plan = Plan(
         world,
-        _starts(_mapping("starts", content["starts"])),
-        {name: _teacher(f"teachers: {name}", spec) for name, spec in _mapping("teachers", content["teachers"]).items()},
-        {name: _method(f"methods: {name}", spec) for name, spec in _mapping("methods", content["methods"]).items()},
+        _starts(_named("starts", content["starts"])),
+        {name: _teacher(f"teachers: {name}", spec) for name, spec in _named("teachers", content["teachers"]).items()},
+        {name: _method(f"methods: {name}", spec) for name, spec in _named("methods", content["methods"]).items()},
         tuple(_block(f"blocks[{i}]", spec) for i, spec in enumerate(_list("blocks", content["blocks"]))),
         tuple(
             _number("learning_rates", float, rate, 0.0)
@@ -62,10 +62,11 @@ def plan_of(content: Mapping[str, Any]) -> Plan:
         ),
         _number("rates_beyond", int, content.get("rates_beyond", 0), 0),
         tuple(_number("tuning_seeds", int, seed, 0) for seed in _list("tuning_seeds", content.get("tuning_seeds", [1000]))),
-        _mapping("tuned_with", content.get("tuned_with", {})),
-        _list("references", content.get("references", ["ungated", "SFT"]), least=0),
+        _named("tuned_with", content.get("tuned_with", {})),
+        _names("references", content.get("references", ["ungated", "SFT"]), least=0),
     )
     _require_names(plan)
+    _require_tuning(plan)
     _require_runs(plan)
     return plan
 
@@ -146,7 +147,7 @@ def _block(where: str, spec: Any) -> Block:
     built = dict(_mapping(where, spec))
     for name in ("starts", "teachers", "methods", "data"):
         if name in built:
-            built[name] = _list(f"{where}: {name}", built[name])
+            built[name] = _names(f"{where}: {name}", built[name])
     block: Block = _part(where, Block, built)
     if block.budget not in ("steps", "compute"):
         raise ConfigError(f"{where}: budget is '{block.budget}'", "Use steps or compute")
@@ -165,17 +166,26 @@ def _require_names(plan: Plan) -> None:
             for name in used:
                 if name not in known:
                     raise ConfigError(f"blocks: {block.name}: {key}: '{name}' is not there", nearest(str(name), list(known)))
-    for name in [*plan.tuned_with.keys(), *plan.tuned_with.values()]:
+    for name in [*plan.tuned_with.keys(), *_names("tuned_with", list(plan.tuned_with.values()), least=0)]:
         if name not in plan.teachers:
             raise ConfigError(f"tuned_with: '{name}' is not a teacher", nearest(str(name), list(plan.teachers)))
     for name in plan.references:
         if name not in plan.methods:
             raise ConfigError(f"references: '{name}' is not a method", nearest(str(name), list(plan.methods)))
+    files = [file_name(block.name) for block in plan.blocks]
+    if len(set(files)) < len(files):
+        raise ConfigError("blocks: two have the same name, but for signs that a file cannot have", "Name them apart")
+
+
+def _require_tuning(plan: Plan) -> None:
+    if len(set(plan.learning_rates)) < len(plan.learning_rates):
+        raise ConfigError("learning_rates: one stands there twice", "Remove it")
     if plan.rates_beyond and len(plan.learning_rates) < 2:
         raise ConfigError("rates_beyond: one learning rate has no step to go on by", "Give two learning_rates or more")
-    names = [block.name for block in plan.blocks]
-    if len(set(names)) < len(names):
-        raise ConfigError("blocks: two have the same name", "Name them apart")
+    most = max(block.seeds for block in plan.blocks)
+    used = [seed for seed in plan.tuning_seeds if seed < most]
+    if used and any(plan.tuned(block, cell) for block, cell in plan.cells()):
+        raise ConfigError(f"tuning_seeds: {used[0]} is also a seed of the comparison", f"Use seeds of {most} and more")
 
 
 def _require_runs(plan: Plan) -> None:
@@ -228,6 +238,21 @@ def _list(where: str, value: Any, least: int = 1) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)) or len(value) < least:
         raise ConfigError(f"{where} is {value!r}", "Give a list, such as [a, b]")
     return tuple(value)
+
+
+def _names(where: str, value: Any, least: int = 1) -> tuple[str, ...]:
+    found = _list(where, value, least)
+    for name in found:
+        if not isinstance(name, str):
+            raise ConfigError(f"{where}: {name!r} is no name", "Write words; what YAML reads as something else, in quotes")
+    return found
+
+
+def _named(where: str, value: Any) -> Mapping[str, Any]:
+    """A mapping whose keys are names: to YAML, `1` and `yes` are none."""
+    found = _mapping(where, value)
+    _names(where, list(found), least=0)
+    return found
 
 
 def _mapping(where: str, value: Any) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -112,7 +113,11 @@ def _tuning(plan: Plan, cells: Sequence[tuple[Block, Cell]]) -> dict[Cell, Block
 def _tune(plan: Plan, tuning: Mapping[Cell, Block], pool: "_Pool", made: Path) -> dict[Cell, float]:
     """For each cell the rate that is best on the validation tasks, in the measure of the method's aim.
 
-    A cell whose best rate is the outermost so far tries the next one on the plan's ladder.
+    A cell whose best rate is the outermost so far tries the next one on the plan's ladder; a rate that failed, as where the
+    loss runs away, is the worst.
+
+    Raises:
+        SpeckdError: all rates of a cell failed.
     """
     scores: dict[Cell, dict[float, float]] = {cell: {} for cell in tuning}
     asked: dict[Cell, Sequence[float]] = dict.fromkeys(tuning, plan.learning_rates)
@@ -123,12 +128,15 @@ def _tune(plan: Plan, tuning: Mapping[Cell, Block], pool: "_Pool", made: Path) -
             for rate in rates
             for seed in plan.tuning_seeds
         }
-        done = pool.all("learning rates", list(runs.values()), made)
+        done, failed = pool.some("learning rates", list(runs.values()), made)
         for cell, rates in asked.items():
-            name, _ = TUNED_BY[plan.methods[cell.method].aim]
+            name, more = TUNED_BY[plan.methods[cell.method].aim]
             for rate in rates:
-                found = [done[runs[cell, rate, seed].key]["measures"][name] for seed in plan.tuning_seeds]
-                scores[cell][rate] = mean(found)
+                tried = [runs[cell, rate, seed].key for seed in plan.tuning_seeds]
+                found = [done[key]["measures"][name] for key in tried if key in done]
+                scores[cell][rate] = mean(found) if len(found) == len(tried) else -math.inf if more else math.inf
+            if not any(map(math.isfinite, scores[cell].values())):
+                raise SpeckdError(f"no learning rate of {cell.method} could be tried: {failed[0]}", "Change learning_rates")
         asked = {cell: beyond for cell in asked if (beyond := next_rates(plan.ladder, scores[cell], _best(plan, cell, scores)))}
     return {cell: _best(plan, cell, scores) for cell in tuning}
 
@@ -142,8 +150,8 @@ def next_rates(ladder: Sequence[float], tried: Iterable[float], best: float) -> 
     """What lies just beyond the best rate, if that is the first or the last of those tried."""
     tried = sorted(tried)
     place = ladder.index(best)
-    lower = [ladder[place - 1]] if best == tried[0] and place > 0 else []
-    return lower + ([ladder[place + 1]] if best == tried[-1] and place + 1 < len(ladder) else [])
+    beside = {tried[0]: place - 1, tried[-1]: place + 1} if len(tried) > 1 else {}
+    return [ladder[beside[best]]] if best in beside and 0 <= beside[best] < len(ladder) else []
 
 
 def _rate(plan: Plan, block: Block, cell: Cell, tuned: Mapping[Cell, float]) -> float:
@@ -221,6 +229,9 @@ class _Pool:
         Raises:
             ConfigError: another benchmark is at work in the folder.
         """
+        folder = self.kept.parent
+        if folder.is_dir() and any(folder.iterdir()) and not self.kept.is_dir():
+            raise ConfigError(f"{folder} is not empty, and holds no benchmark", "Name a new folder with --output_dir")
         self.kept.mkdir(parents=True, exist_ok=True)
         self.lock = (self.kept.parent / ".lock").open("w")
         try:

@@ -6,7 +6,7 @@ from statistics import mean
 
 from speckd.bench.plan import Cell, Plan
 from speckd.bench.runner import Found, Outcome
-from speckd.over_seeds import Difference, holm, interval, paired, two_level
+from speckd.over_seeds import BOOTSTRAP_SEEDS, Difference, holm, interval, paired, two_level
 
 #: measure -> (its name in the tables, is more better?)
 MEASURES = {
@@ -31,7 +31,8 @@ probable token, 15 bins; KL: nats a token, clean teacher to student; agreement o
 τ: tokens per teacher call, the student drafting 5 greedily. rate: the learning rate, chosen on validation tasks unless said
 otherwise; (lowest), (highest): of those tried, so that a better one may lie beyond. TAR: mean acceptance, by the method's own
 gate, of the training tokens. Means over seeds; ± and [ , ]: 95 % t-intervals over seeds, differences paired by seed; **bold**:
-the interval excludes 0; *: so it does after Holm's correction over the methods of the cell, for each measure by itself.
+the interval excludes 0; *: so it does after Holm's correction over the methods of the cell, for each measure by itself. The
+bootstrap over seeds and problems stands only where there are 8 seeds or more; fewer cover far less than 95 %.
 """
 
 
@@ -126,16 +127,15 @@ def _group(results: Results, cell: Cell, cells: Sequence[Cell]) -> str:
             if own.method in gaps["nll"]:
                 shown_gaps = [_gap(gaps[name][own.method], adjusted[name][own.method], _digits(name)) for name in MEASURES]
                 lines.append(f"| {_escaped(own.method)} | {' | '.join(shown_gaps)} |")
-        lines.append(
-            f"\nAccuracy minus {reference}, bootstrap over seeds and problems: {_problems(results, cells, reference)}."
-        )
+        if problems := _problems(results, cells, reference):
+            lines.append(f"\nAccuracy minus {reference}, 95 %, bootstrap over seeds and problems: {problems}.")
     return "\n".join([*lines, *_oracle_shares(results, cells)])
 
 
 def _oracle_shares(results: Results, cells: Sequence[Cell]) -> list[str]:
     """What part of the oracle's gain over the first reference each method has, where there is an oracle."""
     oracle = next((c for c in cells if results.plan.methods[c.method].oracle), None)
-    base = next((c for c in cells if c.method == results.plan.references[0]), None)
+    base = next((c for c in cells if c.method in results.plan.references[:1]), None)
     if oracle is None or base is None:
         return []
     said = []
@@ -165,10 +165,11 @@ def _rate(results: Results, cell: Cell) -> str:
 
 
 def _problems(results: Results, cells: Sequence[Cell], reference: str) -> str:
+    """Of those with enough seeds for a bootstrap over them."""
     base = results.right(next(c for c in cells if c.method == reference))
     found = []
     for own in cells:
-        if own.method != reference and results.right(own).keys() & base.keys():
+        if own.method != reference and len(results.right(own).keys() & base.keys()) >= BOOTSTRAP_SEEDS:
             low, high = two_level(results.right(own), base)
             found.append(f"{own.method} [{low:+.3f}, {high:+.3f}]")
     return "; ".join(found)
@@ -221,8 +222,13 @@ def _tally(results: Results, block: str) -> str:
 
 
 def _count(results: Results, groups: Sequence[list[Cell]], method: str, aim: str, reference: str) -> str:
-    verdicts = []
+    """Each pair of cells once: two who ask no teacher stand in every teacher's group."""
+    verdicts, seen = [], set()
     for cells in groups:
+        pair = tuple(cell for cell in cells if cell.method in (method, reference))
+        if pair in seen:
+            continue
+        seen.add(pair)
         for measure in AIM_MEASURES[aim]:
             gaps = results.against(cells, reference, measure)
             if method in gaps and not math.isnan(gaps[method].low):

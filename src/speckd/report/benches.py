@@ -12,8 +12,9 @@ RESULTS, TABLES, KEPT = "results.jsonl", "tables.md", "runs"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MOST_BYTES = 8 * 2**20
 _RULE = re.compile(r"^\|?[\s:|-]+\|?$")
-#: What the benchmark sets in bold: numbers, and the word in its legend. No name is.
-_BOLD = re.compile(r"\*\*(bold|[+−-]?\d[\d.,]*)\*\*")
+#: What the benchmark sets in bold: numbers, the word in its legend, and that runs are missing. No name is.
+_KEY = re.compile(r"(made-)?[0-9a-f]{20}\.json")
+_BOLD = re.compile(r"\*\*(bold|Incomplete|[+−-]?\d[\d.,]*)\*\*")
 #: What its pictures show, by how their names begin.
 _SHOWN = {
     "dose": "Each measure by the share of positions at which the teacher was scrambled; means over seeds, 95 % t-intervals.",
@@ -80,9 +81,9 @@ class Bench:
 
 
 def is_bench(folder: Path) -> bool:
-    """Also one that is running: what it keeps is files, and nothing but."""
+    """Also one that is running: what it keeps are runs by their keys, and nothing but."""
     kept = folder / KEPT
-    return (folder / RESULTS).is_file() or (kept.is_dir() and all(path.is_file() for path in kept.iterdir()))
+    return (folder / RESULTS).is_file() or (kept.is_dir() and all(_KEY.match(path.name) for path in kept.iterdir()))
 
 
 def read_bench(folder: Path, name: str) -> Bench:
