@@ -434,6 +434,8 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c.update(batch_size=0), "batch_size is 0. Give at least 1"),
         (lambda c: c.update(dtype="float3"), "dtype is 'float3'. Did you mean 'float32'?"),
         (lambda c: c.update(device="gpu?"), "device: 'gpu?' is none"),
+        (lambda c: c.update(device="cuda:99"), "device: 'cuda:99' is of no use here ("),
+        (lambda c: c.update(device="meta"), "device: 'meta' is of no use here ("),
         (lambda c: c.update(trust_remote_code="yes"), "trust_remote_code: 'yes' does not fit. Give true or false"),
         (lambda c: c.pop("model_name_or_path"), "model_name_or_path is not set"),
         (lambda c: c.update(model_name_or_path="./nowhere"), "there is no folder ./nowhere"),
