@@ -222,7 +222,8 @@ def test_what_is_there_is_not_made_again(place: Path, whole: Path, tmp_path: Pat
         ({"max_new_tokens": 7}, "settings.max_new_tokens is 6 there and 7 now"),
         ({"seed": 3}, "settings.seed is 0 there and 3 now"),
         ({"model_name_or_path": "teacher"}, "model.weights is "),
-        ({"tasks": {"rouge": ROUGE}}, "tasks.checks"),
+        ({"tasks": {"rouge": ROUGE}}, "it has task checks, draft, held-out, math, too; it has a teacher. Set"),
+        ({"tasks": {**ALL, "rouge": SAMPLED}}, 'tasks.rouge.kind is "rouge" there and "math" now. Set'),
     ],
 )
 def test_another_evaluations_folder_is_refused(
@@ -236,6 +237,26 @@ def test_another_evaluations_folder_is_refused(
     path.write_text(yaml.safe_dump(given))
     assert run(path) == 2
     assert words in capsys.readouterr().err and contents(whole) == before
+
+
+def test_a_folder_in_which_nothing_was_answered_is_free(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the model was loaded, or in the middle of the first line."""
+    output, append = tmp_path / "out", journal._append
+    monkeypatch.setattr(journal, "_append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(config(place, output, {"rouge": ROUGE, "draft": ALL["draft"]})) == 130
+    (output / "examples" / "rouge.jsonl").write_text('{"index": 0, "tu')
+    monkeypatch.setattr(journal, "_append", append)
+    assert run(config(place, output, {"rouge": {**ROUGE, "limit": 3}})) == 0
+    assert results(output)["tasks"]["rouge"]["n"] == 3
+    assert json.loads((output / "plan.json").read_text())["tasks"]["rouge"]["limit"] == 3
+
+
+def test_another_evaluation_is_named_in_few_words(place: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
+    path = config(place, tmp_path / "x", {"new": ROUGE}, output_dir=str(whole), model_name_or_path=str(place / "teacher"))
+    assert run(path) == 2
+    said = capsys.readouterr().err
+    assert "it has task checks, draft, held-out, math, rouge, not new; it has a teacher; model.weights is" in said
+    assert len(said.replace(str(whole), "")) < 300
 
 
 def test_a_folder_that_moved_is_the_same_model(place: Path, whole: Path, tmp_path: Path) -> None:
@@ -383,11 +404,59 @@ def test_what_else_differs_is_said(place: Path, whole: Path, tmp_path: Path, cap
     found["teacher"] = None
     found["tasks"]["draft"]["options"]["draft_length"] = 3
     found["tasks"]["rouge"]["data"]["sha256"] = "0"
+    found["settings"] |= {"dtype": "bfloat16", "seed": 1}
     del found["tasks"]["checks"]
     (tmp_path / "other" / "evaluation.json").write_text(json.dumps(found))
     compare([whole, tmp_path / "other"])
-    words = ("their teachers", "only one has the task checks", "draft.draft_length is 5 there and 3 now", "rouge.data is ")
-    assert len(caplog.records) == 4 and all(each in caplog.text for each in words)
+    words = (
+        "their teachers differ",
+        'settings.dtype is "auto" in the first and "bfloat16" in the second',
+        "settings.seed is 0 in the first and 1 in the second",
+        "only one has the task checks",
+        "draft.draft_length is 5 in the first and 3 in the second",
+        "rouge.data is ",
+    )
+    assert len(caplog.records) == len(words) and all(each in caplog.text for each in words)
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.pop("teacher"), None),
+        (lambda c: c.pop("settings"), None),
+        (lambda c: c.pop("tasks"), "evaluation.json: tasks is missing"),
+        (lambda c: c.update(tasks=["rouge"]), "evaluation.json: tasks is ['rouge']"),
+        (lambda c: c.update(teacher="none"), "evaluation.json: teacher is 'none'"),
+        (lambda c: c["tasks"].update(rouge=3), "evaluation.json: tasks: rouge is 3"),
+        (lambda c: c["tasks"]["rouge"].pop("kind"), "tasks: rouge: kind is missing"),
+        (lambda c: c["tasks"]["rouge"].update(metrics=[]), "tasks: rouge: metrics is []"),
+        (lambda c: c["tasks"]["rouge"]["metrics"]["rouge_l"].pop("columns"), "metrics: rouge_l: "),
+        (lambda c: c["tasks"]["rouge"]["metrics"]["rouge_l"].update(statistic="mode"), "statistic is 'mode' is unknown"),
+    ],
+)
+def test_a_changed_evaluation_is_refused_in_one_line(
+    whole: Path, tmp_path: Path, capsys: Any, change: Change, words: str | None
+) -> None:
+    other = shutil.copytree(whole, tmp_path / "other")
+    found = results(other)
+    change(found)
+    (other / "evaluation.json").write_text(json.dumps(found))
+    for order in ([whole, other], [other, whole]):
+        assert main(["evaluate", "--compare", *map(str, order)]) == (0 if words is None else 2)
+        said = capsys.readouterr().err
+        assert words is None or (words in said and said.startswith("error: ") and said.count("\n") == 1)
+
+
+def test_examples_that_are_missing_are_named(whole: Path, tmp_path: Path, capsys: Any) -> None:
+    other = shutil.copytree(whole, tmp_path / "other")
+    (other / "examples" / "rouge.jsonl").unlink()
+    for order in ([whole, other], [other, whole]):
+        assert main(["evaluate", "--compare", *map(str, order)]) == 2
+        said = capsys.readouterr().err
+        assert f"{other / 'examples' / 'rouge.jsonl'} is missing" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -422,8 +491,6 @@ def test_every_setting_is_listed(capsys: Any) -> None:
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------------
-
-Change = Callable[[dict[str, Any]], Any]
 
 
 @pytest.mark.parametrize(
