@@ -23,6 +23,7 @@ from speckd.evaluate import evaluate as held_out
 from speckd.evaluation import journal
 from speckd.evaluation.compare import compare
 from speckd.evaluation.options import Options, TaskOptions
+from speckd.evaluation.table import show
 from speckd.quickstart.data import collate, encode
 from speckd.tasks import distinct
 from tests.repository.files import PACKAGE, ROOT
@@ -181,6 +182,18 @@ def test_as_a_draft_model(whole: Path) -> None:
     )
     for line in lines(whole, "draft"):
         assert line["texts"]["plain"] == line["texts"]["speculative"] == line["completion"]
+
+
+def test_of_16_bit_models_the_table_says_that_tokens_may_tie(whole: Path, capsys: Any) -> None:
+    found, note = results(whole), "draft: in bfloat16 tokens may tie within rounding"
+    show(found)
+    assert "within rounding" not in capsys.readouterr().out
+    found["teacher"]["dtype"] = "bfloat16"
+    show(found)
+    assert capsys.readouterr().out.count(note) == 1
+    del found["tasks"]["draft"]
+    show(found)
+    assert "within rounding" not in capsys.readouterr().out
 
 
 def test_the_clock_is_held_by_turns(place: Path, tmp_path: Path) -> None:
