@@ -335,6 +335,31 @@ def test_a_damaged_line_is_named(place: Path, whole: Path, tmp_path: Path, capsy
     assert "rouge.jsonl:1: damaged. Remove the file" in capsys.readouterr().err
 
 
+def test_where_a_mixed_file_ends_its_answers_does_not_depend_on_a_resume(place: Path, tmp_path: Path) -> None:
+    """Messages end at the template's end, too, and texts do not, whichever comes first of what is missing."""
+    chatty = shutil.copytree(place / "student", tmp_path / "chatty")
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = TEMPLATE.replace("<eos>", "<pad>")
+    tokenizer.save_pretrained(chatty)
+    asked = examples()
+    texts = [{"prompt": e.prompt, "completion": f" {e.completion}"} for e in asked[:6]]
+    long = [{"role": "user", "content": f"{e.prompt} {e.prompt}"} for e in asked[6:]]
+    rows = [*texts, *({"messages": [turn, {"role": "assistant", "content": "please"}]} for turn in long)]
+    data = str(write_rows(tmp_path / "mixed.jsonl", rows))
+    hot = {"kind": "rouge", "data": data, "sampling_temperature": 9.0, "max_new_tokens": 60}
+    tasks = {"hot": hot, "draft": {"kind": "draft", "data": data, "timed_prompts": 0}}
+    more = {"model_name_or_path": str(chatty), "batch_size": 2}
+    assert run(config(place, tmp_path / "whole", tasks, **more)) == 0
+    found = lines(tmp_path / "whole", "hot")
+    assert {line["index"] for line in found if not line["truncated"]} & {6, 7, 8, 9}, "some messages end"
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    for name in tasks:  # the texts, which are shorter and come last
+        path = tmp_path / "out" / "examples" / f"{name}.jsonl"
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if json.loads(line)["index"] >= 6))
+    assert run(config(place, tmp_path / "out", tasks, **more)) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------------
 
 
