@@ -293,6 +293,27 @@ FUNCTION = "def f(x):\n    return x"
         ("    return x\ndef g():", "    return x"),
         ("\n    return x\n# next", "    return x"),
         ("class A: pass\n\nclass B: pass", "class A: pass\n\nclass B: pass"),
+        (f"```\nInput: 1\n```\nSo:\n```python\n{FUNCTION}\n```", FUNCTION),
+        (f"```\n[1, 2]\n```\nSo:\n```\n{FUNCTION}\n```", FUNCTION),
+        (f"```\nInput: 1\n```python\n{FUNCTION}\n```", FUNCTION),
+        (f"```python\nf(1)\n```\nis\n```python\n{FUNCTION}\n```", FUNCTION),
+        (f"~~~python\n{FUNCTION}\n~~~\nIt works.", FUNCTION),
+        (f"````python\n{FUNCTION}\n````", FUNCTION),
+        (f"It is:\n```\n{FUNCTION}", FUNCTION),
+        (f"{FUNCTION}\nIt gives\n```\n5\n```", FUNCTION),
+        (f"{FUNCTION}\n```\nUse it:\n```\nf(1)\n```", FUNCTION),
+        (f"{FUNCTION}\n```\ny = f(2)", FUNCTION),
+        ("    return x\n\nUse:\n```python\nprint(f(1))\n```", "    return x"),
+        ("```\n    return x\n```", "    return x"),
+        ("```python\nf(1)\n```", "f(1)"),
+        (f"I think:\n\n{FUNCTION}", FUNCTION),
+        (f"I think:\n\n{FUNCTION}\nThis adds.", FUNCTION),
+        (f"Sure\n\n{FUNCTION}", FUNCTION),
+        (f"from here on,\nclass or not:\nK = 1\n{FUNCTION}", f"K = 1\n{FUNCTION}"),
+        (f"Let there be\nn = 3\nAnd then:\n{FUNCTION}", FUNCTION),
+        ("So:\nf = lambda x: x", "f = lambda x: x"),
+        (f"I need math:\nimport math\n@cache\n{FUNCTION}", f"import math\n@cache\n{FUNCTION}"),
+        (f"f = lambda x: x\nOr so:\n{FUNCTION}", "f = lambda x: x"),
         ("I cannot", "I cannot"),
         ("", ""),
     ],
@@ -303,7 +324,7 @@ def test_a_program_is_found_in_a_completion(completion: str, program: str) -> No
 
 @pytest.mark.parametrize(
     "text", ["1" + "+1" * 50000, "-" * 50000 + "1", "(" * 50000, "x" + ".a" * 50000, "[" * 90 + "]" * 90, "not " * 50000,
-             "x = 1\n)" * 5000,
+             "x = 1\n)" * 5000, "no\nx = (\n" * 5000, "no no\nfrom a import b\n" * 5000, "```\nx\n```\n" * 2000,
              "if 1:\n" * 99, "\0", "\ud800", "lambda:" * 9000, "f'{" * 900, "a if b else " * 9000])  # fmt: skip
 def test_no_text_brings_the_judge_down(text: str) -> None:
     """It is parsed out here, before it goes into the box."""

@@ -207,6 +207,13 @@ def test_a_row_of_another_shape_is_named(broken: dict[str, Any]) -> None:
         problem(broken)
 
 
+@pytest.mark.parametrize("given", ["import math", [["import math"]], [3], {"a": "import math"}])
+@pytest.mark.parametrize("key", ["test_list", "test_imports", "challenge_test_list"])
+def test_what_must_be_a_list_of_texts_is_no_text(key: str, given: Any) -> None:
+    with pytest.raises(DataError, match=rf"^Task 1: {key} is .*import math|^Task 1: {key} is \[3\]. Give a list of texts: \["):
+        problem({**row("assert f(1) == 1"), key: given}, challenge=True)
+
+
 @pytest.mark.parametrize(("n", "c", "k"), [(10, 0, 1), (10, 3, 1), (10, 3, 5), (5, 5, 5), (6, 2, 5), (200, 7, 100)])
 def test_pass_at_k_is_the_share_of_draws_with_a_hit(n: int, c: int, k: int) -> None:
     """Against the product form, and where it is small against all draws."""

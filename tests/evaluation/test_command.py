@@ -23,6 +23,7 @@ from speckd.evaluate import evaluate as held_out
 from speckd.evaluation import journal
 from speckd.evaluation.compare import compare
 from speckd.evaluation.options import Options, TaskOptions
+from speckd.evaluation.table import show
 from speckd.quickstart.data import collate, encode
 from speckd.tasks import distinct
 from tests.repository.files import PACKAGE, ROOT
@@ -183,6 +184,18 @@ def test_as_a_draft_model(whole: Path) -> None:
         assert line["texts"]["plain"] == line["texts"]["speculative"] == line["completion"]
 
 
+def test_of_16_bit_models_the_table_says_that_tokens_may_tie(whole: Path, capsys: Any) -> None:
+    found, note = results(whole), "draft: in bfloat16 tokens may tie within rounding"
+    show(found)
+    assert "within rounding" not in capsys.readouterr().out
+    found["teacher"]["dtype"] = "bfloat16"
+    show(found)
+    assert capsys.readouterr().out.count(note) == 1
+    del found["tasks"]["draft"]
+    show(found)
+    assert "within rounding" not in capsys.readouterr().out
+
+
 def test_the_clock_is_held_by_turns(place: Path, tmp_path: Path) -> None:
     task = {"kind": "draft", "data": "text.jsonl", "timed_prompts": 2, "timed_repeats": 2, "limit": 3}
     assert run(config(place, tmp_path / "out", {"draft": task})) == 0
@@ -222,7 +235,8 @@ def test_what_is_there_is_not_made_again(place: Path, whole: Path, tmp_path: Pat
         ({"max_new_tokens": 7}, "settings.max_new_tokens is 6 there and 7 now"),
         ({"seed": 3}, "settings.seed is 0 there and 3 now"),
         ({"model_name_or_path": "teacher"}, "model.weights is "),
-        ({"tasks": {"rouge": ROUGE}}, "tasks.checks"),
+        ({"tasks": {"rouge": ROUGE}}, "it has task checks, draft, held-out, math, too; it has a teacher. Set"),
+        ({"tasks": {**ALL, "rouge": SAMPLED}}, 'tasks.rouge.kind is "rouge" there and "math" now. Set'),
     ],
 )
 def test_another_evaluations_folder_is_refused(
@@ -236,6 +250,26 @@ def test_another_evaluations_folder_is_refused(
     path.write_text(yaml.safe_dump(given))
     assert run(path) == 2
     assert words in capsys.readouterr().err and contents(whole) == before
+
+
+def test_a_folder_in_which_nothing_was_answered_is_free(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the model was loaded, or in the middle of the first line."""
+    output, append = tmp_path / "out", journal._append
+    monkeypatch.setattr(journal, "_append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(config(place, output, {"rouge": ROUGE, "draft": ALL["draft"]})) == 130
+    (output / "examples" / "rouge.jsonl").write_text('{"index": 0, "tu')
+    monkeypatch.setattr(journal, "_append", append)
+    assert run(config(place, output, {"rouge": {**ROUGE, "limit": 3}})) == 0
+    assert results(output)["tasks"]["rouge"]["n"] == 3
+    assert json.loads((output / "plan.json").read_text())["tasks"]["rouge"]["limit"] == 3
+
+
+def test_another_evaluation_is_named_in_few_words(place: Path, whole: Path, tmp_path: Path, capsys: Any) -> None:
+    path = config(place, tmp_path / "x", {"new": ROUGE}, output_dir=str(whole), model_name_or_path=str(place / "teacher"))
+    assert run(path) == 2
+    said = capsys.readouterr().err
+    assert "it has task checks, draft, held-out, math, rouge, not new; it has a teacher; model.weights is" in said
+    assert len(said.replace(str(whole), "")) < 300
 
 
 def test_a_folder_that_moved_is_the_same_model(place: Path, whole: Path, tmp_path: Path) -> None:
@@ -299,6 +333,31 @@ def test_a_damaged_line_is_named(place: Path, whole: Path, tmp_path: Path, capsy
     file.write_text("{]\n" + file.read_text())
     assert run(config(place, output, ALL)) == 2
     assert "rouge.jsonl:1: damaged. Remove the file" in capsys.readouterr().err
+
+
+def test_where_a_mixed_file_ends_its_answers_does_not_depend_on_a_resume(place: Path, tmp_path: Path) -> None:
+    """Messages end at the template's end, too, and texts do not, whichever comes first of what is missing."""
+    chatty = shutil.copytree(place / "student", tmp_path / "chatty")
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = TEMPLATE.replace("<eos>", "<pad>")
+    tokenizer.save_pretrained(chatty)
+    asked = examples()
+    texts = [{"prompt": e.prompt, "completion": f" {e.completion}"} for e in asked[:6]]
+    long = [{"role": "user", "content": f"{e.prompt} {e.prompt}"} for e in asked[6:]]
+    rows = [*texts, *({"messages": [turn, {"role": "assistant", "content": "please"}]} for turn in long)]
+    data = str(write_rows(tmp_path / "mixed.jsonl", rows))
+    hot = {"kind": "rouge", "data": data, "sampling_temperature": 9.0, "max_new_tokens": 60}
+    tasks = {"hot": hot, "draft": {"kind": "draft", "data": data, "timed_prompts": 0}}
+    more = {"model_name_or_path": str(chatty), "batch_size": 2}
+    assert run(config(place, tmp_path / "whole", tasks, **more)) == 0
+    found = lines(tmp_path / "whole", "hot")
+    assert {line["index"] for line in found if not line["truncated"]} & {6, 7, 8, 9}, "some messages end"
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    for name in tasks:  # the texts, which are shorter and come last
+        path = tmp_path / "out" / "examples" / f"{name}.jsonl"
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if json.loads(line)["index"] >= 6))
+    assert run(config(place, tmp_path / "out", tasks, **more)) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------------
@@ -383,11 +442,59 @@ def test_what_else_differs_is_said(place: Path, whole: Path, tmp_path: Path, cap
     found["teacher"] = None
     found["tasks"]["draft"]["options"]["draft_length"] = 3
     found["tasks"]["rouge"]["data"]["sha256"] = "0"
+    found["settings"] |= {"dtype": "bfloat16", "seed": 1}
     del found["tasks"]["checks"]
     (tmp_path / "other" / "evaluation.json").write_text(json.dumps(found))
     compare([whole, tmp_path / "other"])
-    words = ("their teachers", "only one has the task checks", "draft.draft_length is 5 there and 3 now", "rouge.data is ")
-    assert len(caplog.records) == 4 and all(each in caplog.text for each in words)
+    words = (
+        "their teachers differ",
+        'settings.dtype is "auto" in the first and "bfloat16" in the second',
+        "settings.seed is 0 in the first and 1 in the second",
+        "only one has the task checks",
+        "draft.draft_length is 5 in the first and 3 in the second",
+        "rouge.data is ",
+    )
+    assert len(caplog.records) == len(words) and all(each in caplog.text for each in words)
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.pop("teacher"), None),
+        (lambda c: c.pop("settings"), None),
+        (lambda c: c.pop("tasks"), "evaluation.json: tasks is missing"),
+        (lambda c: c.update(tasks=["rouge"]), "evaluation.json: tasks is ['rouge']"),
+        (lambda c: c.update(teacher="none"), "evaluation.json: teacher is 'none'"),
+        (lambda c: c["tasks"].update(rouge=3), "evaluation.json: tasks: rouge is 3"),
+        (lambda c: c["tasks"]["rouge"].pop("kind"), "tasks: rouge: kind is missing"),
+        (lambda c: c["tasks"]["rouge"].update(metrics=[]), "tasks: rouge: metrics is []"),
+        (lambda c: c["tasks"]["rouge"]["metrics"]["rouge_l"].pop("columns"), "metrics: rouge_l: "),
+        (lambda c: c["tasks"]["rouge"]["metrics"]["rouge_l"].update(statistic="mode"), "statistic is 'mode' is unknown"),
+    ],
+)
+def test_a_changed_evaluation_is_refused_in_one_line(
+    whole: Path, tmp_path: Path, capsys: Any, change: Change, words: str | None
+) -> None:
+    other = shutil.copytree(whole, tmp_path / "other")
+    found = results(other)
+    change(found)
+    (other / "evaluation.json").write_text(json.dumps(found))
+    for order in ([whole, other], [other, whole]):
+        assert main(["evaluate", "--compare", *map(str, order)]) == (0 if words is None else 2)
+        said = capsys.readouterr().err
+        assert words is None or (words in said and said.startswith("error: ") and said.count("\n") == 1)
+
+
+def test_examples_that_are_missing_are_named(whole: Path, tmp_path: Path, capsys: Any) -> None:
+    other = shutil.copytree(whole, tmp_path / "other")
+    (other / "examples" / "rouge.jsonl").unlink()
+    for order in ([whole, other], [other, whole]):
+        assert main(["evaluate", "--compare", *map(str, order)]) == 2
+        said = capsys.readouterr().err
+        assert f"{other / 'examples' / 'rouge.jsonl'} is missing" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -423,8 +530,6 @@ def test_every_setting_is_listed(capsys: Any) -> None:
 
 # ---- refused ---------------------------------------------------------------------------------------------------------------
 
-Change = Callable[[dict[str, Any]], Any]
-
 
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -434,6 +539,8 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c.update(batch_size=0), "batch_size is 0. Give at least 1"),
         (lambda c: c.update(dtype="float3"), "dtype is 'float3'. Did you mean 'float32'?"),
         (lambda c: c.update(device="gpu?"), "device: 'gpu?' is none"),
+        (lambda c: c.update(device="cuda:99"), "device: 'cuda:99' is of no use here ("),
+        (lambda c: c.update(device="meta"), "device: 'meta' is of no use here ("),
         (lambda c: c.update(trust_remote_code="yes"), "trust_remote_code: 'yes' does not fit. Give true or false"),
         (lambda c: c.pop("model_name_or_path"), "model_name_or_path is not set"),
         (lambda c: c.update(model_name_or_path="./nowhere"), "there is no folder ./nowhere"),

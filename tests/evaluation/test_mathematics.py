@@ -1,11 +1,16 @@
 """Which number an answer gives, and whether it is the right one: sixty outputs, extracted by hand."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
-from speckd.evaluation.mathematics import _FLEXIBLE, _STRICT, flexible_answer, normalized, score, strict_answer
-from speckd.evaluation.rows import Row
+from speckd.errors import DataError
+from speckd.evaluation.mathematics import _FLEXIBLE, _STRICT, flexible_answer, normalized, require, score, strict_answer
+from speckd.evaluation.options import TaskOptions
+from speckd.evaluation.rows import Row, read_rows
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 #: The output; what is strictly its answer; what is flexibly.
 OUTPUTS: list[tuple[str, str | None, str | None]] = [
@@ -117,3 +122,46 @@ def test_it_is_what_lm_eval_extracts_and_compares() -> None:
 
 def test_normalised_as_lm_evals_ignored_patterns_say() -> None:
     assert normalized("so\n#### $1,234.") == "1234"
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "18",
+        "-5",
+        "3.5",
+        ".5",
+        "18.00",
+        "1,234,567",
+        "$1,042.50",
+        "-$18",
+        "7.",
+        " 18\n",
+        "7 + 8 = 15\n#### 15",
+        "#### -1,234.5 ",
+    ],
+)
+def test_a_reference_that_is_taken_can_be_matched(reference: str) -> None:
+    row = Row(0, "?", reference, {})
+    require("t", row)
+    number = reference.rpartition("#### ")[2].strip()
+    assert score(row, f"It is {number}")[0]["flexible"] and score(row, f"#### {number.replace('$', '')}")[0]["strict"]
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["The answer is 18", "x #### 18 apples", "####18", "#### ", "forty", "1/2", "50%", "1e5", "5-2", ".", "٤٢", "1 000"],
+)
+def test_a_reference_that_nothing_can_match_is_refused(reference: str) -> None:
+    for _, *found in OUTPUTS:
+        assert normalized(reference) not in found, "no output gives it"
+    with pytest.raises(DataError, match=r"^tasks: t: row 3: the reference .* is no number.* Write the number alone"):
+        require("t", Row(2, "?", reference, {}))
+
+
+@pytest.mark.parametrize("file", ["gsm8k/train.jsonl", "gsm8k/dev.jsonl", "mawps/cv_fold0_train.csv", "mawps/cv_fold0_dev.csv"])
+def test_every_reference_of_the_known_sets_is_taken(file: str) -> None:
+    if not (SHARED / file).is_file():
+        pytest.skip(f"NOT TESTED: {file} is not in ../shared/data")
+    for row in read_rows("t", TaskOptions(kind="math", data=str(SHARED / file)))[1]:
+        require("t", row)

@@ -54,10 +54,12 @@ def test_an_answer_to_messages_also_ends_where_the_template_ends_a_turn(chatty: 
     end, turn = own.tokenizer.eos_token_id, own.tokenizer.pad_token_id
     for row, wanted in ((CHAT, {end, turn}), (TEXT, {end})):
         task = TaskOptions(max_new_tokens=4)
-        writer = Answerer(own, task, 0)._made(row.prompt)
-        assert set(writer.stop_ids) == wanted
-        drafting = Drafting("t", task, 0, 1)
-        assert drafting._stops(prompt_items("t", [row], task, own), own) == wanted
+        answerer, drafting = Answerer(own, task, 0), Drafting("t", task, 0, 1)
+        items = prompt_items("t", [row], task, own)
+        answerer.answers(items)
+        drafting.records(items, own)
+        assert [*answerer._writers] == [*drafting._decoders] == [wanted]
+        assert set(answerer._writers[frozenset(wanted)].stop_ids) == wanted
 
 
 def test_a_row_tells_its_template_what_it_tells_it_in_training(chatty: Path) -> None:
@@ -91,7 +93,7 @@ def test_a_head_may_be_narrower_or_wider_than_the_tokenizer(tmp_path: Path) -> N
     known = len(AutoTokenizer.from_pretrained(write_model(tmp_path / "same", seed=1)))
     for width, padding in ((known - 1, []), (known, []), (known + 3, [known, known + 1, known + 2])):
         own = models(write_model(tmp_path / str(width), seed=1, width=width))
-        writer = Answerer(own, TaskOptions(max_new_tokens=4), 0)._made("please")
+        writer = Answerer(own, TaskOptions(max_new_tokens=4), 0)._writer(frozenset({1}))
         assert writer._suppressed.tolist() == padding
 
 

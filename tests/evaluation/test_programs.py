@@ -122,3 +122,7 @@ def test_a_row_that_is_no_problem_is_named(flags: list[str], tmp_path: Path, cap
     write_rows(tmp_path / "data.jsonl", [MBPP, {**MBPP, "test_list": ["assert double(2 =="]}])
     assert main(["evaluate", *flags]) == 2
     assert "row 2: Task 1: its tests are no Python" in capsys.readouterr().err
+    write_rows(tmp_path / "data.jsonl", [MBPP, {**MBPP, "test_list": "assert double(2) == 4"}])
+    assert main(["evaluate", *flags]) == 2
+    said = capsys.readouterr().err
+    assert "row 2: Task 1: test_list is 'assert double(2) == 4'. Give a list of texts" in said and said.count("\n") == 1

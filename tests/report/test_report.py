@@ -1,5 +1,6 @@
 """`speckd report`: its numbers are those of the logs, its refusals say where, and it tells no secret."""
 
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -9,11 +10,11 @@ import pytest
 
 from speckd.cli import main
 from speckd.evaluation.compare import compare
+from speckd.evaluation.finished import read_evaluation
 from speckd.evaluation.paired import differences
 from speckd.report.answers import tasks_of
 from speckd.report.build import PAGE, report
 from speckd.report.comparison import Estimate, groups, paired
-from speckd.report.evaluations import read_evaluation
 from speckd.report.runs import read_run
 from speckd.report.shown import HIDDEN, Shown, is_secret_key, number, without_secrets
 from tests.report.folders import WORDS, write_bench, write_evaluation, write_run
@@ -132,6 +133,20 @@ def test_tasks_that_cannot_be_paired_say_so(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"key": "k', '"key": "other'))
     found = tasks_of([read_evaluation(folder, folder.name) for folder in folders])[0]
     assert found.differences == () and found.notes == ("b and a share no example: their kinds, data or tokenizers differ.",)
+
+
+def test_what_else_differs_is_noted(tmp_path: Path) -> None:
+    folders = [write_evaluation(tmp_path / name) for name in ("a", "b")]
+    path = folders[1] / "evaluation.json"
+    found = json.loads(path.read_text())
+    found["settings"]["seed"] = 3
+    found["teacher"]["weights"] = "other"
+    found["tasks"]["facts"]["options"]["samples"] = 5
+    path.write_text(json.dumps(found))
+    part = tasks_of([read_evaluation(folder, folder.name) for folder in folders])[0]
+    unlike = "their teachers differ; settings.seed is absent in a and 3 in b; facts.samples is 2 in a and 5 in b"
+    assert part.notes == (f"b and a are not alike: {unlike}.",)
+    assert len(part.differences) == 1
 
 
 def test_a_benchmark_is_shown_as_it_is(page: Path) -> None:

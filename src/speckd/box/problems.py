@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,11 +110,11 @@ def unjudgeable(given: Problem) -> str | None:
 
 
 def _mbpp(row: Mapping[str, Any], name: str, challenge: bool) -> Problem:
-    shown = [str(test).replace("\r\n", "\n") for test in row["test_list"]]
-    hidden = [str(test).replace("\r\n", "\n") for test in row.get("challenge_test_list") or []] if challenge else []
+    shown = _texts(row, name, "test_list", "assert f(2) == 4")
+    hidden = _texts(row, name, "challenge_test_list", "assert f(2) == 4") if challenge else []
     tests = tuple(statement for test in [*shown, *hidden] for statement in parsed(test).body)
     setup = str(row.get("test_setup_code") or "").replace("\r\n", "\n")
-    imports = "".join(f"{line}\n" for line in row.get("test_imports") or [])
+    imports = "".join(f"{line}\n" for line in _texts(row, name, "test_imports", "import math"))
     task = str(row.get("text") or row.get("prompt") or "").strip()
     if not task:
         raise DataError(f"Task {name} has neither `text` nor `prompt`", "Give rows of MBPP's shape.")
@@ -127,6 +128,14 @@ def _mbpp(row: Mapping[str, Any], name: str, challenge: bool) -> Problem:
         inside=_program_names(tests, reference, setup),
         helpers={},
     )
+
+
+def _texts(row: Mapping[str, Any], name: str, key: str, example: str) -> list[str]:
+    """Of a list that may be missing; one text alone would be read letter by letter."""
+    texts = row.get(key) or []
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"Task {name}: {key} is {texts!r:.60}", f"Give a list of texts: {json.dumps([example])}")
+    return [text.replace("\r\n", "\n") for text in texts]
 
 
 def _program_names(tests: Sequence[ast.stmt], reference: str, setup: str) -> dict[str, str]:

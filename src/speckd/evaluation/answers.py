@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from speckd.evaluation.items import Item, turns
+from speckd.evaluation.items import Item, by_stops, template_end
 from speckd.evaluation.models import Models, positions, width
 from speckd.evaluation.options import TaskOptions
 from speckd.sources.model_writer import ModelWriter
@@ -28,30 +28,33 @@ class Answerer:
     def __init__(self, models: Models, task: TaskOptions, seed: int) -> None:
         assert task.max_new_tokens is not None
         self._models, self._task, self._seed = models, task, seed
-        self._writer: ModelWriter | None = None
+        self._writers: dict[frozenset[int], ModelWriter] = {}
         self._sampling = Sampling(
             task.sampling_temperature, task.sampling_top_k, task.sampling_top_p, max_completion_length=task.max_new_tokens
         )
 
     def answers(self, items: Sequence[Item]) -> list[Answer]:
         """One each, in order."""
-        self._writer = self._writer or self._made(turns(items[0].row, self._task))
         found: list[Answer | None] = [None] * len(items)
-        for turn in sorted({item.turn for item in items}):
-            own = [place for place, item in enumerate(items) if item.turn == turn]
-            prompts = [Prompt(torch.tensor(items[place].ids), items[place].row.number) for place in own]
-            written = self._writer.write(prompts, self._sampling, Draws(self._seed, turn))
-            for place, one in zip(own, written, strict=True):
-                found[place] = self._answer(items[place], one)
+        for stops, places in by_stops(items, self._stops).items():
+            for turn in sorted({items[place].turn for place in places}):
+                own = [place for place in places if items[place].turn == turn]
+                prompts = [Prompt(torch.tensor(items[place].ids), items[place].row.number) for place in own]
+                written = self._writer(stops).write(prompts, self._sampling, Draws(self._seed, turn))
+                for place, one in zip(own, written, strict=True):
+                    found[place] = self._answer(items[place], one)
         return [answer for answer in found if answer is not None]
 
-    def _made(self, prompt: Any) -> ModelWriter:
-        """For prompts such as this one: messages, as the chat template ends them, or text."""
-        model, tokenizer = self._models.model, self._models.tokenizer
-        unknown = sorted(set(range(width(model))) - set(tokenizer.get_vocab().values()))  # padding of the head
-        stops = sorted(self._models.rendering.stops | self._models.template_end(prompt))
-        suppressed = torch.tensor(unknown, dtype=torch.int64)
-        return ModelWriter(model, stops, suppressed, positions(model), said=said(tokenizer, self._task.stop))
+    def _stops(self, item: Item) -> frozenset[int]:
+        return self._models.rendering.stops | template_end(item, self._task, self._models)
+
+    def _writer(self, stops: frozenset[int]) -> ModelWriter:
+        if stops not in self._writers:
+            model, tokenizer = self._models.model, self._models.tokenizer
+            unknown = sorted(set(range(width(model))) - set(tokenizer.get_vocab().values()))  # padding of the head
+            suppressed, ends = torch.tensor(unknown, dtype=torch.int64), said(tokenizer, self._task.stop)
+            self._writers[stops] = ModelWriter(model, sorted(stops), suppressed, positions(model), said=ends)
+        return self._writers[stops]
 
     def _answer(self, item: Item, written: Completion) -> Answer:
         text = self._models.text(item.ids, written)

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from speckd import fingerprints
 from speckd.errors import ConfigError, StoreError
+from speckd.evaluation.alike import unlike_plans
 from speckd.evaluation.items import Item
 from speckd.evaluation.journal import answered, batches, replace
 from speckd.evaluation.kinds import KINDS
@@ -30,7 +31,7 @@ from speckd.evaluation.table import show
 from speckd.evaluation.task import Task
 from speckd.model_card import versions
 from speckd.teachers.files import named
-from speckd.teachers.manifest import as_json, differences
+from speckd.teachers.manifest import as_json
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +161,10 @@ def _spoken(task: TaskOptions) -> dict[str, Any]:
 
 
 def _begin(output: Path, plan: Mapping[str, Any]) -> None:
+    """The folder of this plan, or one in which nothing was answered yet."""
     path = output / PLAN
-    if path.is_file():
-        wrong = list(differences(_read(path), plan))
+    if path.is_file() and _holds_answers(output):
+        wrong = list(unlike_plans(_read(path), plan))
         if wrong:
             raise ConfigError(
                 f"output_dir: {output} is another evaluation's: {'; '.join(wrong)}", "Set it as it was, or choose another"
@@ -170,6 +172,16 @@ def _begin(output: Path, plan: Mapping[str, Any]) -> None:
         logger.info("%s was begun before: what is there is kept.", output)
         return
     replace(path, iter([_document(plan)]))
+
+
+def _holds_answers(output: Path) -> bool:
+    if (output / RESULTS).is_file():
+        return True
+    for path in (output / "examples").glob("*.jsonl"):
+        with named(path), path.open("rb") as file:
+            if file.readline().endswith(b"\n"):
+                return True
+    return False
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,21 +1,18 @@
 """Evaluations side by side, on the prompts that they share: differences with paired intervals."""
 
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from speckd.errors import ConfigError
 from speckd.evaluation import paired
-from speckd.evaluation.journal import read_lines
-from speckd.evaluation.statistics import Metric
-from speckd.teachers.manifest import differences
+from speckd.evaluation.alike import unlike_as_a_whole, unlike_in_a_task
+from speckd.evaluation.finished import EXAMPLES, FILE, Evaluation, Task, read_evaluation
 
 logger = logging.getLogger(__name__)
 
-#: Options that say where, and not what; and how many, which the pairs show.
-_PLACES = {"few_shot_data", "limit"}
+_SIDES = ("in the first", "in the second")
 
 
 def compare(folders: Sequence[Path], seed: int = 0) -> list[dict[str, Any]]:
@@ -30,67 +27,63 @@ def compare(folders: Sequence[Path], seed: int = 0) -> list[dict[str, Any]]:
         values over the n shared examples alone, and second less first.
 
     Raises:
-        ConfigError: a folder holds no evaluation, or two share nothing, naming it.
-        StoreError: a file is damaged.
+        ConfigError: a folder holds no evaluation or lacks a task's examples, or two share nothing, naming it.
+        DataError: a file is damaged, was changed or is another version's, naming the place.
     """
     if len(folders) < 2:
         raise ConfigError("compare: two folders or more are compared", "Write --compare OUT_A OUT_B")
-    results = [_results(folder) for folder in folders]
-    for folder, other in zip(folders[1:], results[1:], strict=True):
-        for what in _unlike(results[0], other):
-            logger.warning("%s and %s are not alike: %s.", folders[0], folder, what)
+    first, *others = [_finished(folder) for folder in folders]
+    for other in others:
+        for pair in _shared(first, other):
+            for one, task in zip((first, other), pair, strict=True):
+                _require_examples(one, task)
+    for one in (first, *others):
+        for note in one.notes:
+            logger.warning("%s: %s.", one.name, note.removesuffix("."))
+    for other in others:
+        for what in _unlike(first, other):
+            logger.warning("%s and %s are not alike: %s.", first.name, other.name, what)
     found = []
-    for folder, other in zip(folders[1:], results[1:], strict=True):
-        rows = list(_rows(folders[0], results[0], folder, other, seed))
+    for other in others:
+        rows = list(_rows(first, other, seed))
         if not rows:
             raise ConfigError(
-                f"compare: {folders[0]} and {folder} have no example of a task in common",
+                f"compare: {first.name} and {other.name} have no example of a task in common",
                 "Evaluate both with the same tasks, data and tokenizer",
             )
         found += rows
     return found
 
 
-def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
-    """What beside the models differs between two evaluations, in words: their differences may be that one's."""
-    own, other = ((each["teacher"] or {}).get("weights") for each in (first, second))
-    if own != other:
-        yield "their teachers"
-    for name in sorted({*first["tasks"]} ^ {*second["tasks"]}):
-        yield f"only one has the task {name}"
-    for name in sorted({*first["tasks"]} & {*second["tasks"]}):
-        yield from differences(_made_with(first["tasks"][name]), _made_with(second["tasks"][name]), f"{name}.")
-
-
-def _made_with(task: Mapping[str, Any]) -> dict[str, Any]:
-    options = {key: value for key, value in task["options"].items() if key not in _PLACES}
-    return {**options, "data": task["data"]["sha256"]}
-
-
-def _rows(
-    first: Path, results: Mapping[str, Any], second: Path, others: Mapping[str, Any], seed: int
-) -> Iterator[dict[str, Any]]:
-    for name, own in results["tasks"].items():
-        if name in others["tasks"]:
-            sides = _answered(first, name, own), _answered(second, name, others["tasks"][name])
-            for row in paired.differences(*sides, seed):
-                yield {"task": name, "first_folder": str(first), "second_folder": str(second), **row}
-
-
-def _answered(folder: Path, name: str, task: Mapping[str, Any]) -> paired.Answered:
-    metrics = [
-        Metric(metric, tuple(made["columns"]), made["of"], made["statistic"], made.get("k"))
-        for metric, made in task["metrics"].items()
-    ]
-    return paired.Answered(task["kind"], metrics, read_lines(folder / "examples" / f"{name}.jsonl"))
-
-
-def _results(folder: Path) -> dict[str, Any]:
-    path = folder / "evaluation.json"
-    if not path.is_file():
+def _finished(folder: Path) -> Evaluation:
+    if not (folder / FILE).is_file():
         raise ConfigError(f"compare: {folder} holds no finished evaluation", "Give folders that speckd evaluate has filled")
-    try:
-        found = json.loads(path.read_text())
-        return {"teacher": found["teacher"], "tasks": dict(found["tasks"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"compare: {path} cannot be read ({error})", "Evaluate anew") from None
+    return read_evaluation(folder, str(folder))
+
+
+def _shared(first: Evaluation, second: Evaluation) -> Iterator[tuple[Task, Task]]:
+    for task in first.tasks:
+        other = second.task(task.name)
+        if other is not None:
+            yield task, other
+
+
+def _require_examples(one: Evaluation, task: Task) -> None:
+    if not task.examples:
+        path = Path(one.name) / EXAMPLES / f"{task.name}.jsonl"
+        raise ConfigError(f"compare: {path} is missing, or holds no line", "The same speckd evaluate command makes it anew")
+
+
+def _unlike(first: Evaluation, second: Evaluation) -> Iterator[str]:
+    """What beside the models differs between two evaluations, in words: their differences may be that one's."""
+    yield from unlike_as_a_whole(first, second, _SIDES)
+    for name in sorted({task.name for task in first.tasks} ^ {task.name for task in second.tasks}):
+        yield f"only one has the task {name}"
+    for task, other in _shared(first, second):
+        yield from unlike_in_a_task(task, other, _SIDES)
+
+
+def _rows(first: Evaluation, second: Evaluation, seed: int) -> Iterator[dict[str, Any]]:
+    for task, other in _shared(first, second):
+        for row in paired.differences(task.answered, other.answered, seed):
+            yield {"task": task.name, "first_folder": first.name, "second_folder": second.name, **row}

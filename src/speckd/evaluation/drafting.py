@@ -1,14 +1,14 @@
 """The model as the draft model of its teacher: how many of its tokens stand, in theory, in real decoding, and by the clock."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from speckd.errors import ConfigError
 from speckd.evaluation.decoding import Decoders, timed
-from speckd.evaluation.items import Item, Record, prompt_items, require_known, turns
+from speckd.evaluation.items import Item, Record, by_stops, prompt_items, require_known, template_end
 from speckd.evaluation.likelihood import Text, correct_tokens, cut, longest, sequence_sums, whole_item
 from speckd.evaluation.models import Models
 from speckd.evaluation.options import TaskOptions
@@ -47,7 +47,7 @@ class Drafting:
     seed: int
     batch_size: int
     needs_teacher: bool = True
-    _decoders: Decoders | None = None
+    _decoders: dict[frozenset[int], Decoders] = field(default_factory=dict)
 
     def items(self, rows: Sequence[Row], models: Models) -> list[Item]:
         """See `Task`."""
@@ -55,22 +55,29 @@ class Drafting:
         found = prompt_items(self.name, rows, self.options, models)
         whole = [whole_item(self.name, row, self.options, models) for row in rows if row.reference is not None]
         require_known(self.name, [*found, *whole], models)
-        if not self._stops(found, models):
+        both = _both(models)
+        if not both and not all(template_end(item, self.options, models) for item in found):
             raise ConfigError("model and teacher end a text with different tokens", "Use models of one family")
         return found
 
     def records(self, items: Sequence[Item], models: Models) -> list[Record]:
         """See `Task`."""
+        both, found = _both(models), dict[int, Record]()
+        for stops, places in by_stops(items, lambda item: both | template_end(item, self.options, models)).items():
+            if stops not in self._decoders:
+                self._decoders[stops] = Decoders(models, sorted(stops), self.options.draft_length, self.batch_size)
+            own = self._records([items[place] for place in places], models, self._decoders[stops])
+            found |= dict(zip(places, own, strict=True))
+        return [found[place] for place in range(len(items))]
+
+    def _records(self, items: Sequence[Item], models: Models, decoders: Decoders) -> list[Record]:
         assert self.options.max_new_tokens is not None
-        if self._decoders is None:
-            stops = sorted(self._stops(items, models))
-            self._decoders = Decoders(models, stops, self.options.draft_length, self.batch_size)
         greedy, drawn = (Sampling(temperature=heat, max_completion_length=self.options.max_new_tokens) for heat in (0.0, 1.0))
         prompts, draws = [Prompt(torch.tensor(item.ids), item.row.number) for item in items], Draws(self.seed, 0)
-        plain = self._decoders.plain.write(prompts, greedy, draws)
-        fast, by_greedy = self._decoders.speculative.write(prompts, greedy, draws)
-        sampled, by_drawing = self._decoders.speculative.write(prompts, drawn, draws)
-        theirs = self._decoders.plain.write(prompts, drawn, Draws(self.seed, 1))
+        plain = decoders.plain.write(prompts, greedy, draws)
+        fast, by_greedy = decoders.speculative.write(prompts, greedy, draws)
+        sampled, by_drawing = decoders.speculative.write(prompts, drawn, draws)
+        theirs = decoders.plain.write(prompts, drawn, Draws(self.seed, 1))
         own = [_greedy(by_greedy[i.row.number], *pair) for i, *pair in zip(items, plain, fast, strict=True)]
         of_all = zip(
             own,
@@ -78,7 +85,7 @@ class Drafting:
             _matches(items, plain, models, self.options.draft_length),
             _alphas(items, theirs, models, "teacher_text"),
             self._references(items, models),
-            self._clock(prompts, plain, greedy),
+            self._clock(prompts, plain, greedy, decoders),
             strict=True,
         )
         scores = [{name: number for part in parts for name, number in part.items()} for parts in of_all]
@@ -102,12 +109,6 @@ class Drafting:
             "timed_repeats": self.options.timed_repeats,
         }
 
-    def _stops(self, items: Sequence[Item], models: Models) -> frozenset[int]:
-        """Both models' own; and of messages that by which the chat template ends an answer."""
-        assert models.teacher is not None
-        both = models.rendering.stops & models.teacher.stops(models.teacher.tokenizer)
-        return both | models.template_end(turns(items[0].row, self.options))
-
     def _references(self, items: Sequence[Item], models: Models) -> list[Scores]:
         found: list[Scores] = [{} for _ in items]
         having = [place for place, item in enumerate(items) if item.row.reference is not None]
@@ -118,13 +119,20 @@ class Drafting:
                 found[place] = {"reference_alpha": sums["alpha"], "reference_tokens": sums["supervised"]}
         return found
 
-    def _clock(self, prompts: Sequence[Prompt], plain: Sequence[Completion], greedy: Sampling) -> list[Scores]:
-        assert self._decoders is not None
+    def _clock(
+        self, prompts: Sequence[Prompt], plain: Sequence[Completion], greedy: Sampling, decoders: Decoders
+    ) -> list[Scores]:
         found: list[Scores] = []
         for prompt, text in zip(prompts, plain, strict=True):
             held = prompt.sample < self.options.timed_prompts and len(text.token_ids)
-            found.append(timed(self._decoders, prompt, greedy, self.options.timed_repeats) if held else {})
+            found.append(timed(decoders, prompt, greedy, self.options.timed_repeats) if held else {})
         return found
+
+
+def _both(models: Models) -> frozenset[int]:
+    """The tokens at which both models end a text."""
+    assert models.teacher is not None
+    return models.rendering.stops & models.teacher.stops(models.teacher.tokenizer)
 
 
 def _record(item: Item, models: Models, scores: Scores, plain: Completion, fast: Completion, sampled: Completion) -> Record:

@@ -1,6 +1,6 @@
 """Prompts as tokens, and what is kept of each answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,19 @@ def asked(name: str, row: Row, task: TaskOptions, models: Models) -> Any:
             "Give prompt and completion, or save a template with the tokenizer",
         )
     return prompt
+
+
+def template_end(item: Item, task: TaskOptions, models: Models) -> frozenset[int]:
+    """Where the chat template ends an answer to it, if it is messages: its own, whatever stands beside it in a batch."""
+    return models.template_end(turns(item.row, task))
+
+
+def by_stops(items: Sequence[Item], stops: Callable[[Item], frozenset[int]]) -> dict[frozenset[int], list[int]]:
+    """Places of those that end at the same tokens."""
+    found: dict[frozenset[int], list[int]] = {}
+    for place, item in enumerate(items):
+        found.setdefault(stops(item), []).append(place)
+    return found
 
 
 def said_to_template(row: Row) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def _rouge(name: str, task: TaskOptions, options: Options) -> Task:
 
 def _math(name: str, task: TaskOptions, options: Options) -> Task:
     task = replace(task, stop=task.stop or mathematics.STOP)
-    return Generated(name, task, options.seed, mathematics.score, mathematics.METRICS, partial(require_reference, name))
+    return Generated(name, task, options.seed, mathematics.score, mathematics.METRICS, partial(mathematics.require, name))
 
 
 def _checks(name: str, task: TaskOptions, options: Options) -> Task:

@@ -4,11 +4,15 @@
 import re
 from typing import Any
 
+from speckd.errors import DataError
+from speckd.evaluation.generated import require_reference
 from speckd.evaluation.rows import Row
 from speckd.evaluation.statistics import Metric
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+#: What an extracted number may be once it is normalised: no other reference is ever matched.
+_MATCHABLE = re.compile(r"-?[0-9.]*[0-9][0-9.]*")
 #: What neither side is compared by: thousands' commas, dollars, all before the mark, one dot at the end.
 _IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
 
@@ -42,8 +46,27 @@ def normalized(text: str) -> str:
     return text.lower()
 
 
+def require(name: str, row: Row) -> None:
+    """Refuses a row whose reference no answer can match, before anything is generated.
+
+    Raises:
+        DataError: naming the row.
+    """
+    require_reference(name, row)
+    assert row.reference is not None
+    if not _MATCHABLE.fullmatch(_wanted(row.reference)):
+        raise DataError(
+            f"tasks: {name}: row {row.number + 1}: the reference {row.reference!r:.60} is no number that an answer could match",
+            "Write the number alone, or at the end behind '#### '",
+        )
+
+
+def _wanted(reference: str) -> str:
+    return normalized(reference.strip())
+
+
 def score(row: Row, completion: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """As of `Generated`; what was extracted stands beside it."""
     assert row.reference is not None
-    wanted, strict, flexible = normalized(row.reference), strict_answer(completion), flexible_answer(completion)
+    wanted, strict, flexible = _wanted(row.reference), strict_answer(completion), flexible_answer(completion)
     return {"strict": strict == wanted, "flexible": flexible == wanted}, {"extracted": {"strict": strict, "flexible": flexible}}

@@ -193,7 +193,14 @@ def facts(named: Named, model: Any) -> dict[str, Any]:
 
 
 def _device(name: str | None) -> torch.device:
+    """Where a tensor can be made, and holds numbers."""
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ConfigError(f"device: '{name}' is none ({str(error).splitlines()[0]:.80})", "Give cpu, cuda or cuda:1") from None
+    try:
+        torch.empty(1, device=found).tolist()
+    except (RuntimeError, AssertionError, ImportError) as error:  # AssertionError: torch was built without CUDA
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"device: '{found}' is of no use here ({why:.80})", "Give cpu, or go where it is") from None
+    return found

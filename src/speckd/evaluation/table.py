@@ -21,6 +21,18 @@ def show(results: Mapping[str, Any]) -> None:
     console.print(table)
     for task, found in results["tasks"].items():
         console.print(f"{task}: " + ", ".join(f"{count:,} {name}" for name, count in found["counts"].items()))
+        if found["kind"] == "draft":
+            for note in _rounded(results):
+                console.print(f"{task}: {note}", soft_wrap=True, highlight=False)
+
+
+def _rounded(results: Mapping[str, Any]) -> list[str]:
+    """What a reader of a draft task's numbers must know of 16-bit models."""
+    dtypes = {results[whose]["dtype"] for whose in ("model", "teacher")} & {"bfloat16", "float16"}
+    return [
+        f"in {dtype} tokens may tie within rounding: greedy texts may then differ, and tau from its expectation"
+        for dtype in sorted(dtypes)
+    ]
 
 
 def show_comparison(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from speckd.evaluation.alike import unlike_as_a_whole, unlike_in_a_task
+from speckd.evaluation.finished import Evaluation, Example, Task
 from speckd.evaluation.paired import differences
 from speckd.evaluation.statistics import value
 from speckd.evaluation.sums import columns
 from speckd.report.charts import DataTable
-from speckd.report.evaluations import Evaluation, Example, Task
 from speckd.report.shown import number
 
 #: Of each task, examples that are shown side by side; letters of one text, and of a heading.
@@ -35,7 +36,8 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class TaskPart:
-    """One task of some evaluations. `differences`: each model less the first; `notes`: why there is none."""
+    """One task of some evaluations. `differences`: each model less the first; `notes`: why there is none, and
+    what beside the models they may come of."""
 
     name: str
     metrics: DataTable
@@ -47,13 +49,17 @@ class TaskPart:
 
 def tasks_of(several: Sequence[Evaluation]) -> list[TaskPart]:
     names = dict.fromkeys(task.name for one in several for task in one.tasks)
-    return [_task(name, [(one.name, task) for one in several for task in [one.task(name)] if task]) for name in names]
+    return [_task(name, [(one, task) for one in several for task in [one.task(name)] if task]) for name in names]
 
 
-def _task(name: str, own: Sequence[tuple[str, Task]]) -> TaskPart:
+def _task(name: str, several: Sequence[tuple[Evaluation, Task]]) -> TaskPart:
+    own = [(one.name, task) for one, task in several]
     (first_name, first), *others = own
     gaps, notes = [], []
-    for other_name, other in others:
+    for (one, _), (other_name, other) in zip(several[1:], others, strict=True):
+        sides = (f"in {first_name}", f"in {other_name}")
+        unlike = [*unlike_as_a_whole(several[0][0], one, sides), *unlike_in_a_task(first, other, sides)]
+        notes += [f"{other_name} and {first_name} are not alike: {'; '.join(unlike)}."] if unlike else []
         found = _differences(name, (first_name, first), (other_name, other))
         gaps += [found] if found else []
         notes += [] if found else [f"{other_name} and {first_name} share no example: their kinds, data or tokenizers differ."]

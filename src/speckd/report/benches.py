@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from speckd.report.files import Fields, read_lines
+from speckd.checked_files import Fields, read_lines
 
 RESULTS, TABLES, KEPT = "results.jsonl", "tables.md", "runs"
 _PNG = b"\x89PNG\r\n\x1a\n"

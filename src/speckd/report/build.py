@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speckd.errors import ConfigError, DataError
+from speckd.evaluation.finished import Evaluation, is_evaluation, read_evaluation
 from speckd.report.benches import Bench, is_bench, read_bench
 from speckd.report.charts import Chart
-from speckd.report.evaluations import Evaluation, is_evaluation, read_evaluation
 from speckd.report.page import GENERATOR, Sources, figures_of, render, template
 from speckd.report.runs import CONFIG, Run, is_run, read_run
 from speckd.report.shown import Shown, secrets_of, secrets_of_environment

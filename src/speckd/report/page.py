@@ -10,11 +10,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 import speckd
+from speckd.evaluation.finished import Evaluation
 from speckd.report.answers import tasks_of
 from speckd.report.benches import Bench
 from speckd.report.charts import Chart, DataTable, Picture, charts
 from speckd.report.comparison import MEASURES, Estimate, Group, groups, measured, paired
-from speckd.report.evaluations import Evaluation
 from speckd.report.runs import Run
 from speckd.report.shown import Shown, number, without_secrets
 from speckd.report.viewer import views

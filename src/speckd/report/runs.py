@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speckd.report.files import Fields, read_lines, read_object, read_yaml
+from speckd.checked_files import Fields, read_lines, read_object, read_yaml
 from speckd.step_lines import BY_TASK, TOKENS, TOKENS_FORMAT
 
 LOG, RESULTS, CONFIG = "training_log.jsonl", "results.json", "config.yaml"

@@ -92,19 +92,21 @@ def as_json(provenance: Provenance) -> dict[str, Any]:
     return read
 
 
-def differences(kept: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """`field is A there and B now`, for every field that is not the same."""
+def differences(
+    kept: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "", sides: tuple[str, str] = ("there", "now")
+) -> Iterator[str]:
+    """`field is A there and B now`, for every field that is not the same. `sides`: the words for there and now."""
     absent = object()
     for field in sorted({*kept, *wanted}):
         old, new = kept.get(field, absent), wanted.get(field, absent)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new, f"{prefix}{field}.")
+            yield from differences(old, new, f"{prefix}{field}.", sides)
         elif _canonical({"": None if old is absent else old}) != _canonical({"": None if new is absent else new}) or (
             (old is absent) != (new is absent)
         ):
             there = "absent" if old is absent else json.dumps(old)
             now = "absent" if new is absent else json.dumps(new)
-            yield f"{prefix}{field} is {there} there and {now} now"
+            yield f"{prefix}{field} is {there} {sides[0]} and {now} {sides[1]}"
 
 
 @dataclass(frozen=True)

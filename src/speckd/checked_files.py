@@ -1,4 +1,4 @@
-"""Files as they are read for a report: whole, of the expected types, or refused in one line that names the place."""
+"""Files that speckd wrote, read again: whole, of the expected types, or refused in one line that names the place."""
 
 import json
 import math

@@ -1,14 +1,14 @@
-"""A folder that `speckd evaluate` wrote, as data."""
+"""A folder that `speckd evaluate` wrote, as data: what compares evaluations and what reports them read it here."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speckd.checked_files import Fields, read_lines, read_object
 from speckd.errors import DataError
 from speckd.evaluation.paired import Answered
 from speckd.evaluation.statistics import STATISTICS, Metric
-from speckd.report.files import Fields, read_lines, read_object
 
 FILE, PLAN, EXAMPLES = "evaluation.json", "plan.json", "examples"
 #: How many columns a statistic is of; of the others, an odd number from 3.
@@ -56,7 +56,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluated model. `name`: unique in a report; `notes`: what is missing or cut off, a line each."""
+    """One evaluated model. `name`: unique among those beside it; `notes`: what is missing or cut off, a line each."""
 
     name: str
     finished: bool
