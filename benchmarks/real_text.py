@@ -3,7 +3,7 @@
     python benchmarks/real_text.py --teacher ../shared/models/stories260K --data ../shared/data/tinystories --out runs/real-text
 
 Each run is `speckd train` itself, in a process of its own. A run that has finished is not run again, so a killed benchmark goes
-on where it stopped. Prints and writes tables (held-out, mean and spread over seeds) and a picture of TAR.
+on where it stopped. Prints and writes tables (held-out, mean and spread over seeds), every run and a picture of TAR.
 """
 
 import argparse
@@ -146,6 +146,13 @@ def finals(out: Path, run: Run) -> dict[str, float]:
     return end | json.loads((folder / "measures.json").read_text())
 
 
+def write_results(out: Path, seeds: list[int]) -> None:
+    """Every run's measures in one file."""
+    runs = [Run(method, teacher, seed) for seed in seeds for method, teacher in _cells()]
+    lines = [json.dumps({**vars(run), "measures": finals(out, run)}) for run in runs]
+    (out / "results.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def spread(values: list[float]) -> str:
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{deviation}"
@@ -231,6 +238,7 @@ def main() -> None:
             folder = Run(method, teacher, seed).folder(args.out)
             train(args, start, folder, seed, args.steps, METHODS[method] + scrambled)
             measure_stories(args, folder)
+    write_results(args.out, args.seeds)
     first = args.seeds[0]
     lines = [table(args.out, args.seeds), "", differences(args.out, args.seeds), ""]
     lines += [f"n = {len(args.seeds)} seeds (± standard deviation); the teacher's own NLL on the same tokens: "]
