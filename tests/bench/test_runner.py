@@ -216,6 +216,28 @@ def test_names_are_drawn_as_they_are_and_no_reference_is_needed(tmp_path: Path) 
     assert "| _a $\\frac$ | 0.002 |" in markdown(plan, Outcome(found, [])) and (tmp_path / "front-b.png").is_file()
 
 
+def test_a_picture_has_numbers_on_its_axes_and_names_what_is_too_far_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib.pyplot as plt
+
+    shown: list[Any] = []
+    monkeypatch.setattr(plt, "close", shown.append)
+    value = {"SFT": 0.5, "a": 0.51, "b": 0.52, "$x$": 9.0}
+    methods = {name: {"label_loss_weight": 1} if name == "SFT" else {"gate": "none"} for name in value}
+    block = {**PLAN["blocks"][0], "methods": list(value), "teachers": ["clean", "quarter", "half"]}
+    teachers = {**PLAN["teachers"], "quarter": {"scrambled": 0.25}}
+    plan = plan_of({**PLAN, "methods": methods, "references": ["SFT"], "teachers": teachers, "blocks": [block]})
+    found = [Found(c, s, 2e-3, 2, outcome(value[c.method] + 0.001 * s, "1")) for _, c in plan.cells() for s in range(2)]
+    draw_all(plan, found, tmp_path)
+    doses, front = shown
+    doses.canvas.draw()
+    ticks = doses.axes[0].get_yticklabels()
+    assert any("10^" in tick.get_text() for tick in ticks) and all(tick.get_parse_math() for tick in ticks)
+    assert front.axes[0].get_title().splitlines()[1] == r"not in the picture: \$x\$"
+    assert front.axes[0].get_xlim()[1] < 1
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.unfinished").write_text("")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from textwrap import wrap
 from typing import Any
 
 from speckd.bench.plan import Block, Cell, Plan, file_name
@@ -21,11 +22,6 @@ def draw_all(plan: Plan, found: Sequence[Found], folder: Path) -> None:
 
     matplotlib.use("Agg")
     results = Results(plan, found)
-    with matplotlib.rc_context({"text.parse_math": False}):  # names are the user's
-        _draw_blocks(plan, results, folder)
-
-
-def _draw_blocks(plan: Plan, results: Results, folder: Path) -> None:
     for block in plan.blocks:
         doses = {name: plan.teachers[name].scrambled for name in block.teachers if _only_scrambled(plan, name)}
         if len(set(doses.values())) > 2 and any(cell.block == block.name for cell, _ in results.groups()):
@@ -46,8 +42,13 @@ def _style(methods: Sequence[str], method: str) -> dict[str, Any]:
     return {
         "color": plt.colormaps["tab20"]((2 * place + 2 * place // 20) % 20),
         "marker": _MARKS[place % len(_MARKS)],
-        "label": f" {method}" if method.startswith("_") else method,  # which Matplotlib would leave out of the legend
+        "label": _plain(f" {method}" if method.startswith("_") else method),  # which no legend would show
     }
+
+
+def _plain(name: str) -> str:
+    """A name of the user's, in which a dollar sign begins no formula."""
+    return name.replace("$", r"\$")
 
 
 def _draw_doses(results: Results, block: Block, doses: dict[str, float], path: Path) -> None:
@@ -64,7 +65,7 @@ def _draw_doses(results: Results, block: Block, doses: dict[str, float], path: P
         own = [(doses[cell.teacher], cells) for cell, cells in groups if (cell.start, cell.data) == kind]
         for axis, measure in zip(line, _DOSED, strict=True):
             _draw_curves(axis, results, block.methods, base, measure, own)
-        line[0].set_ylabel("start: {}, {}".format(*kind))
+        line[0].set_ylabel(_plain("start: {}, {}".format(*kind)))
     for axis in axes[-1]:
         axis.set_xlabel("% of positions scrambled")
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -96,7 +97,7 @@ def _draw_curves(
         axis.axhline(0, color="black", linewidth=0.8)
         if max(sizes) > 10 * median(sizes):  # one method is far off, and would flatten all others
             axis.set_yscale("symlog", linthresh=max(sizes) / 20)
-    axis.set_title(f"{name}{f' − {base}' if base else ''} ({'up' if more else 'down'} is better)", fontsize=9)
+    axis.set_title(f"{name}{f' − {_plain(base)}' if base else ''} ({'up' if more else 'down'} is better)", fontsize=9)
     axis.grid(alpha=0.3)
 
 
@@ -131,7 +132,12 @@ def _draw_front(results: Results, block: Block, path: Path) -> None:
             axis.plot(x, y, linestyle="", markersize=7, **_style(methods, own.method))
         front = front_of(list(points.values()))
         axis.plot(*zip(*front, strict=True), color="gray", linewidth=0.8, zorder=0)
-        axis.set_title(f"{cell.start}, {cell.teacher}, {cell.data}", fontsize=8)
+        far = _look_near(axis, points)
+        title = [
+            f"{cell.start}, {cell.teacher}, {cell.data}",
+            *(wrap(f"not in the picture: {', '.join(far)}", 55) if far else []),
+        ]
+        axis.set_title(_plain("\n".join(title)), fontsize=8)
         axis.set_xlabel("NLL (left is better)", fontsize=8)
         axis.set_ylabel("α (up is better)", fontsize=8)
         axis.grid(alpha=0.3)
@@ -140,9 +146,22 @@ def _draw_front(results: Results, block: Block, path: Path) -> None:
     named = {
         label: handle for axis in flat[: len(groups)] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(5, columns + 1), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _look_near(axis: Any, points: dict[Cell, tuple[float, float]]) -> list[str]:
+    """Leaves out what is so far off that all others would be one dot; returns who that is."""
+    x, y = ([point[i] for point in points.values()] for i in (0, 1))
+    worst = min(x) + 10 * (median(x) - min(x)), max(y) - 10 * (max(y) - median(y))
+    far = [own.method for own, point in points.items() if point[0] > worst[0] > min(x) or point[1] < worst[1] < max(y)]
+    near = [point for own, point in points.items() if own.method not in far]
+    if far:
+        for i, limit in ((0, axis.set_xlim), (1, axis.set_ylim)):
+            low, high = min(point[i] for point in near), max(point[i] for point in near)
+            limit(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    return far
 
 
 def _centre(results: Results, cell: Cell, measure: str) -> float:
