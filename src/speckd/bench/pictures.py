@@ -133,10 +133,8 @@ def _draw_front(results: Results, block: Block, path: Path) -> None:
         front = front_of(list(points.values()))
         axis.plot(*zip(*front, strict=True), color="gray", linewidth=0.8, zorder=0)
         far = _look_near(axis, points)
-        title = [
-            f"{cell.start}, {cell.teacher}, {cell.data}",
-            *(wrap(f"not in the picture: {', '.join(far)}", 55) if far else []),
-        ]
+        left_out = wrap(f"not in the picture: {', '.join(far)}", 45) if far else []
+        title = [f"{cell.start}, {cell.teacher}, {cell.data}", *left_out]
         axis.set_title(_plain("\n".join(title)), fontsize=8)
         axis.set_xlabel("NLL (left is better)", fontsize=8)
         axis.set_ylabel("α (up is better)", fontsize=8)
