@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,10 @@ def test_a_picture_has_numbers_on_its_axes_and_names_what_is_too_far_off(
     assert any("10^" in tick.get_text() for tick in ticks) and all(tick.get_parse_math() for tick in ticks)
     assert front.axes[0].get_title().splitlines()[1] == r"not in the picture: \$x\$"
     assert front.axes[0].get_xlim()[1] < 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for equal in (0.5, 0.0):
+            draw_all(plan, [with_alpha(one, equal) for one in found], tmp_path)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -309,6 +314,11 @@ def test_a_share_of_the_oracles_gain() -> None:
     text = markdown(plan, Outcome(found, []))
     assert "trust: NLL 88 % (75 to 100)" in text and "SFT: NLL -25 % (-25 to -25)" in text
     assert text.count("Share of the oracle") == 1  # where the teacher is scrambled
+
+
+def with_alpha(one: Found, value: float) -> Found:
+    measures = one.outcome["measures"] | {"alpha": value}
+    return dataclasses.replace(one, outcome=one.outcome | {"measures": measures})
 
 
 def outcome(value: float, right: str) -> dict[str, Any]:

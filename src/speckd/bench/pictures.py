@@ -158,7 +158,8 @@ def _look_near(axis: Any, points: dict[Cell, tuple[float, float]]) -> list[str]:
     if far:
         for i, limit in ((0, axis.set_xlim), (1, axis.set_ylim)):
             low, high = min(point[i] for point in near), max(point[i] for point in near)
-            limit(low - 0.06 * (high - low), high + 0.06 * (high - low))
+            margin = 0.06 * (high - low) or 0.01 * abs(high) or 0.01  # all of those may be equal
+            limit(low - margin, high + margin)
     return far
 
 
