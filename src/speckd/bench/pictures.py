@@ -22,9 +22,12 @@ def draw_all(plan: Plan, found: Sequence[Found], folder: Path) -> None:
 
     matplotlib.use("Agg")
     results = Results(plan, found)
+    there = {cell.block for cell, _ in results.groups()}
     for block in plan.blocks:
+        if block.name not in there:  # every run failed
+            continue
         doses = {name: plan.teachers[name].scrambled for name in block.teachers if _only_scrambled(plan, name)}
-        if len(set(doses.values())) > 2 and any(cell.block == block.name for cell, _ in results.groups()):
+        if len(set(doses.values())) > 2:
             _draw_doses(results, block, doses, folder / f"dose-{file_name(block.name)}.png")
         _draw_front(results, block, folder / f"front-{file_name(block.name)}.png")
 
@@ -119,8 +122,6 @@ def _draw_front(results: Results, block: Block, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     groups = [(cell, cells) for cell, cells in results.groups() if cell.block == block.name]
-    if not groups:  # every run failed
-        return
     methods = [name for name in results.plan.methods if any(_has(cells, name) for _, cells in groups)]
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)

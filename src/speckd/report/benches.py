@@ -12,8 +12,9 @@ RESULTS, TABLES, KEPT = "results.jsonl", "tables.md", "runs"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MOST_BYTES = 8 * 2**20
 _RULE = re.compile(r"^\|?[\s:|-]+\|?$")
-#: What the benchmark sets in bold: numbers, the word in its legend, and that runs are missing. No name is.
+#: What it keeps of a run is called by its key.
 _KEY = re.compile(r"(made-)?[0-9a-f]{20}\.json")
+#: What the benchmark sets in bold: numbers, the word in its legend, and that runs are missing. No name is.
 _BOLD = re.compile(r"\*\*(bold|Incomplete|[+−-]?\d[\d.,]*)\*\*")
 #: What its pictures show, by how their names begin.
 _SHOWN = {
